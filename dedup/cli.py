@@ -1,0 +1,90 @@
+"""The verbs of the dedup stage: parse → call → print. `eval/cli.py` assembles them into the program `unmemorize`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+SourceArgument = Annotated[Path, typer.Argument(metavar="SRC", help="A folder of images, or of webdataset tar shards.")]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
+JobsOption = Annotated[int, typer.Option(help="Worker processes; 0 = one per processor.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Keep = Annotated[str, typer.Option(help="keep or drop", metavar="keep|drop")]
+
+
+class TooManyBad(Exception):
+    """More unreadable inputs than `--max-bad` allows: the results stand, the exit code is 1."""
+
+
+@app.command()
+def dedup(
+    src: SourceArgument,
+    out: OutOption,
+    level: Annotated[str, typer.Option(metavar="auto|exact|hash", help="auto: the best that is installed.")] = "auto",
+    jobs: JobsOption = 0,
+    report: Annotated[bool, typer.Option(help="Write the HTML report.")] = True,
+    hash_decode: Annotated[str, typer.Option(metavar="fast|exact", help="fast: JPEGs at reduced scale.")] = "fast",
+    flips: Keep = "keep",
+    rotations: Keep = "keep",
+    max_pixels: Annotated[int, typer.Option(help="Larger images are not decoded.")] = 100_000_000,
+    max_frames: Annotated[int, typer.Option(help="Longer animations are not decoded.")] = 1_000,
+    max_bad: Annotated[float, typer.Option(help="Share of unreadable inputs that is tolerated.")] = 0.01,
+    json_: JsonOption = False,
+) -> None:
+    """Find duplicates in SRC and decide what to keep. Example: unmemorize dedup photos -o photos-dedup"""
+    from dedup.pipeline import Options, deduplicate
+
+    level = "hash" if level == "auto" else level
+    options = Options(level, hash_decode, max_pixels, max_frames, flips, rotations)
+    run = deduplicate(src, out, options, jobs=jobs, report=report)
+    counts = run["counts"]
+    typer.echo(json.dumps(counts) if json_ else _summary(counts, out, report, level))
+    if counts["unreadable"] > max_bad * counts["rows"]:
+        raise TooManyBad(
+            f"{counts['unreadable']} of {counts['rows']} inputs are unreadable, more than --max-bad {max_bad}: "
+            f"see the rows with status in {out}/manifest"
+        )
+
+
+def _summary(counts: dict, out: Path, report: bool, level: str) -> str:
+    share = counts["dropped"] / max(1, counts["rows"])
+    saved = counts["bytes_dropped"] / 1e6
+    lines = [
+        f"{counts['rows']:,} images: {counts['kept']:,} kept, {counts['dropped']:,} duplicates dropped "
+        f"({share:.1%}, {saved:,.1f} MB), {counts['unreadable']:,} unreadable. Level: {level}.",
+        f"{counts['pairs'].get('look-alike', 0):,} look-alike pairs were kept; {counts['without_caption']:,} images have no caption.",
+        f"Kept rows: {out / 'deduplicated.parquet'}",
+    ]
+    if report:
+        lines.append(f"Report:    {out / 'report' / 'index.html'}")
+    return "\n".join(lines)
+
+
+@app.command()
+def plant(
+    src: SourceArgument,
+    out: OutOption,
+    canaries: Annotated[int, typer.Option(help="Planted images, a multiple of the number of levels.")] = 24,
+    fillers: Annotated[int, typer.Option(help="Other images of the dataset.")] = 250,
+    edited: Annotated[float, typer.Option(help="Share of canaries whose copies are edited.")] = 0.5,
+    min_distance: Annotated[float, typer.Option(help="Normalised ℓ2 of a canary to every other image.")] = 0.25,
+    resolution: Annotated[int, typer.Option(help="Side in pixels at which distances are measured.")] = 32,
+    seed: Annotated[int, typer.Option(help="Draws which canary stands how often.")] = 0,
+) -> None:
+    """Plant images at known multiplicities, 0 … 64, in a copy of SRC. Example: unmemorize plant photos -o planted"""
+    from dedup.plant import plant as plant_images
+
+    table = plant_images(
+        src,
+        out,
+        canaries=canaries,
+        fillers=fillers,
+        edited=edited,
+        min_distance=min_distance,
+        resolution=resolution,
+        seed=seed,
+    )
+    typer.echo(f"{table['key'].count()} copies of {table['canary'].n_unique()} canaries planted: {out}")

@@ -1,0 +1,255 @@
+"""Manifest and pairs → the groups that the report shows: data pages, the index to filter them by, thumbnails.
+
+In: OUT's tables and the source's images. Out: OUT/report/data/*.js and OUT/report/thumbs. A page opened from
+disk may not fetch, so data are scripts that hand their value to `receive`; 100,000 groups cost no more to
+open than ten. Knows nothing of the page around the groups.
+"""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import polars as pl
+
+from dedup import clustering, engine, images, manifest, sources
+
+THUMBNAIL_SIDE = 128
+SHOWN_SIDE = 96  # pixels on the page: a JPEG may be decoded at reduced scale down to this
+THUMBNAILS_PER_TASK = 256
+MEMBERS_FIRST = 12  # what report.js shows of a group before "show more": those get their thumbnails first
+MEMBERS = 500  # members of a group that are listed at all
+CHUNK_GROUPS, CHUNK_ROWS = 500, 5_000
+
+DUPLICATES, TURNED, ALIKE = 1, 2, 4  # kinds of group, as bits: one may hold removed and mirrored copies
+EVIDENCE = ["class", "signal", "score", "hamming", "residual", "worst_tile", "orientation"]
+# What the page is told of a row, in this order; report.js reads the names from the index.
+FIELDS = [
+    "key",
+    "caption",
+    "width",
+    "height",
+    "format",
+    "size",
+    "thumb",
+    "role",
+    *EVIDENCE,
+    "reason",
+    "partner",
+]
+
+
+def group_rows(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
+    """Every row that the gallery shows: FIELDS, id, location, `kind`, `number` of its group, `place` in it.
+
+    Duplicates come before look-alikes, larger groups first; in a group the kept row, then what a person
+    should see first: the weakest matches among copies, the closest among look-alikes.
+    """
+    members = pl.concat([_copies(rows, pairs), _look_alikes(rows, pairs)])
+    alike = pl.col("kind") == ALIKE
+    ordered = members.with_columns(alike=alike, group_size=pl.len().over("group", alike).cast(pl.Int64))
+    ordered = ordered.sort("alike", -pl.col("group_size"), "group", "order", "id")
+    number = pl.struct("alike", "group").rle_id().cast(pl.Int64)
+    return ordered.with_columns(number=number).with_columns(place=pl.int_range(pl.len()).over("number"))
+
+
+def _copies(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
+    """Rows of every group of copies, with the evidence of the pair that ties each to its group."""
+    members = rows.filter((pl.col("status") == "ok") & (pl.col("cluster_size") > 1))
+    best = (
+        members.select("id", "cluster_id", wanted=pl.coalesce("kept_id", "cluster_id"))
+        .join(_both_ends(pairs.filter(pl.col("class") == "copy")), on="id")
+        .join(rows.select(other="id", other_cluster="cluster_id"), on="other")
+        .filter(pl.col("cluster_id") == pl.col("other_cluster"))
+        .sort(pl.col("other") != pl.col("wanted"), -pl.col("score"), "other")
+        .unique("id", keep="first", maintain_order=True)
+    )
+    first = pl.col("id") == pl.col("cluster_id")
+    role = (
+        pl.when(first)
+        .then(pl.lit("keeper"))
+        .when("keep")
+        .then(pl.lit("also-kept"))
+        .otherwise(pl.lit("removed"))
+    )
+    kind = pl.when(first).then(0).when("keep").then(TURNED).otherwise(DUPLICATES)
+    order = pl.when(first).then(-2.0).when("keep").then(-1.0).otherwise("score")
+    members = members.with_columns(role=role, kind=kind, group="cluster_id", first="cluster_id")
+    return _describe(members, best, rows, order)
+
+
+def _look_alikes(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
+    """Kept rows of different groups that were found near each other and not merged, by connected component.
+
+    A pair stands for the kept rows that its rows went to. Every row is shown with its pair to the row of the
+    component that has most of them, else with its closest one.
+    """
+    stands = rows.select("id", "cluster_id", kept=pl.coalesce("kept_id", "id"))
+    near = (
+        pairs.filter(pl.col("class") != "copy")
+        .join(stands.select(a="id", kept_a="kept", cluster_a="cluster_id"), on="a")
+        .join(stands.select(b="id", kept_b="kept", cluster_b="cluster_id"), on="b")
+        .filter(pl.col("cluster_a") != pl.col("cluster_b"))
+        .with_columns(a=pl.min_horizontal("kept_a", "kept_b"), b=pl.max_horizontal("kept_a", "kept_b"))
+        .sort(-pl.col("score"), "a", "b")
+        .unique(["a", "b"], keep="first", maintain_order=True)
+    )
+    ends = _both_ends(near).join(rows.select("id", "component_id"), on="id")
+    degree = ends.group_by("component_id", "id").agg(pairs=pl.len().cast(pl.Int64))
+    hubs = degree.sort("component_id", -pl.col("pairs"), "id").unique("component_id", keep="first")
+    best = (
+        ends.join(hubs.select("component_id", first="id"), on="component_id")
+        .sort(pl.col("other") != pl.col("first"), -pl.col("score"), "other")
+        .unique("id", keep="first", maintain_order=True)
+    )
+    members = rows.join(best.select("id", "first"), on="id", maintain_order="left")
+    members = members.with_columns(role=pl.lit("look-alike"), kind=pl.lit(ALIKE), group="component_id")
+    return _describe(
+        members, best, rows, pl.when(pl.col("id") == pl.col("first")).then(-2.0).otherwise(-pl.col("score"))
+    )
+
+
+def _both_ends(pairs: pl.DataFrame) -> pl.DataFrame:
+    """Each pair twice: id, other and its evidence; `orientation` turns `other` into `id`."""
+    inverse = {name: clustering.inverse_orientation(name) for name in manifest.ORIENTATIONS}
+    forward = pairs.select(*EVIDENCE, id="b", other="a")
+    backward = pairs.select(*EVIDENCE, id="a", other="b").with_columns(pl.col("orientation").replace(inverse))
+    return pl.concat([forward, backward])
+
+
+def _describe(members: pl.DataFrame, best: pl.DataFrame, rows: pl.DataFrame, order: pl.Expr) -> pl.DataFrame:
+    """Members (with role, kind, group, and first: the id that leads the group) → one finished row each."""
+    is_first = pl.col("id") == pl.col("first")
+    table = members.drop(EVIDENCE, strict=False)
+    table = table.join(best.select("id", "other", *EVIDENCE), on="id", how="left", maintain_order="left")
+    table = table.join(
+        rows.select(other="id", other_key="key"), on="other", how="left", maintain_order="left"
+    )
+    text = pl.col("caption").str.strip_chars()
+    return table.with_columns(
+        *[pl.when(~is_first).then(column).alias(column) for column in EVIDENCE],
+        order=order,
+        caption=pl.when(text != "").then(text),
+        thumb=pl.col("sha256").str.head(20),
+        partner=pl.when(~is_first & (pl.col("other") != pl.col("first"))).then("other_key"),
+    ).select(*FIELDS, "id", "source", "shard", "offset", "kind", "group", "order")
+
+
+def write_groups(folder: Path, members: pl.DataFrame, listed: pl.DataFrame) -> dict[str, list]:
+    """Write the groups in chunks, and the index that the page filters by; returns the index.
+
+    members: all rows of `group_rows`; listed: those of them that the page lists.
+    """
+    names = {column: sorted(members[column].drop_nulls().unique()) for column in ("signal", "source")}
+    code = {column: {name: number for number, name in enumerate(names[column])} for column in names}
+    groups = members.group_by("number", maintain_order=True).agg(
+        pl.len().alias("size"),
+        pl.col("signal").drop_nulls().unique(),
+        pl.col("source").unique().sort(),
+        pl.col("kind").unique().sum(),
+        weakest=pl.col("score").min().fill_null(0).round(4),
+        removed=(pl.col("role") == "removed").sum(),
+    )
+    starts: list[int] = []
+    for start, chunk in _chunks(listed, groups):
+        manifest.write_text(folder / f"{len(starts):05d}.js", to_script(len(starts), chunk))
+        starts.append(start)
+    index: dict[str, list] = {
+        "fields": FIELDS,
+        "starts": starts,
+        "signal_names": names["signal"],
+        "source_names": names["source"],
+        "size": groups["size"].to_list(),
+        "kind": groups["kind"].to_list(),
+        "weakest": groups["weakest"].to_list(),
+        "signals": [sum(1 << code["signal"][name] for name in some) for some in groups["signal"]],
+        "sources": [[code["source"][name] for name in some] for some in groups["source"]],
+    }
+    manifest.write_text(folder / "index.js", to_script("index", index))
+    for path in folder.glob("[0-9]*.js"):  # an earlier report may have had more
+        if int(path.stem) >= len(starts):
+            path.unlink()
+    return index
+
+
+def _chunks(listed: pl.DataFrame, groups: pl.DataFrame) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """(number of the first group, groups); bounded in groups and, but for the first of them, in rows."""
+    shown = listed.group_by("number", maintain_order=True).len()["len"]
+    rounded = pl.col("score", "residual", "worst_tile").round(4)
+    rows = listed.select(FIELDS).with_columns(rounded).iter_rows()
+    chunk: list[dict[str, Any]] = []
+    held = start = 0
+    for number, (count, size, removed) in enumerate(
+        zip(shown, groups["size"], groups["removed"], strict=True)
+    ):
+        if chunk and (len(chunk) == CHUNK_GROUPS or held + count > CHUNK_ROWS):
+            yield start, chunk
+            chunk, held, start = [], 0, number
+        chunk.append({"rows": [next(rows) for _ in range(count)], "hidden": size - count, "removed": removed})
+        held += count
+    if chunk:
+        yield start, chunk
+
+
+def to_script(name: str | int, value: object) -> str:
+    """A script that hands `value` to the page; safe inside HTML too, whatever the strings in it."""
+    text = json.dumps([name, value], ensure_ascii=False, separators=(",", ":"))
+    for character in "<\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return f"receive(...{text});\n"
+
+
+def write_thumbnails(
+    src: Path, folder: Path, listed: pl.DataFrame, *, limit: int, jobs: int
+) -> tuple[pl.DataFrame, dict[str, int]]:
+    """JPEGs named by content: equal files share one, and a second report makes none anew.
+
+    Returns `listed` with `thumb` null where there is none, and how many were wanted, written and failed.
+    """
+    by_need = listed.sort(pl.col("place") >= MEMBERS_FIRST, "number", "place")
+    different = by_need.unique("thumb", keep="first", maintain_order=True)
+    chosen = different.head(limit)
+    present = {path.stem for path in folder.glob("*/*.jpg")}
+    for stale in present - set(chosen["thumb"]):
+        _thumbnail_path(folder, stale).unlink()
+    missing = chosen.filter(~pl.col("thumb").is_in(list(present))).select(
+        "thumb", "shard", "offset", "size", "key"
+    )
+    tasks = [(src, folder, part.rows()) for part in missing.iter_slices(THUMBNAILS_PER_TASK)]
+    jobs = min(jobs or engine.available_cpus(), max(1, len(tasks) // 4))  # a process must be worth its start
+    failed = {name for names in engine.run(make_thumbnails, tasks, jobs=jobs) for name in names}
+    made = [name for name in chosen["thumb"] if name not in failed]
+    counts = {"wanted": len(different), "written": len(made), "failed": len(failed)}
+    return listed.with_columns(thumb=pl.when(pl.col("thumb").is_in(made)).then("thumb")), counts
+
+
+def make_thumbnails(src: Path, folder: Path, rows: list[tuple]) -> list[str]:
+    """Write the thumbnails of (name, shard, offset, size, key); returns the names of those that failed."""
+    failed = []
+    for name, shard, offset, size, key in rows:
+        try:
+            data = sources.read_image(src, shard, offset, size, key)
+            pixels = images.decode(data, min_side=SHOWN_SIDE).pixels
+        except (OSError, images.ImageError):
+            failed.append(name)
+            continue
+        manifest.write_atomic(
+            _thumbnail_path(folder, name), partial(Path.write_bytes, data=encode_jpeg(pixels))
+        )
+    return failed
+
+
+def _thumbnail_path(folder: Path, name: str) -> Path:
+    return folder / name[:2] / f"{name}.jpg"
+
+
+def encode_jpeg(pixels: np.ndarray, side: int = THUMBNAIL_SIDE) -> bytes:
+    """uint8 (H, W, 3) → JPEG with its longer side at most `side`."""
+    height, width = pixels.shape[:2]
+    scale = min(1.0, side / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    small = cv2.resize(np.ascontiguousarray(pixels), size, interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 82])[1].tobytes()

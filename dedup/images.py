@@ -1,0 +1,168 @@
+"""Bytes → pixels. Every image of the project passes through `decode`.
+
+In: the bytes of one file, untrusted. Out: upright 8-bit RGB on white, or an `ImageError` with a status of the manifest.
+Size and frame limits are checked on the header, before any pixel is decoded. Knows nothing of hashes or training.
+"""
+
+import io
+import struct
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from PIL import Image
+
+MAX_PIXELS = 100_000_000
+MAX_FRAMES = 1_000
+# Formats with a decoder in Pillow itself. EPS, for one, would start an outside program on untrusted bytes.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "PPM", "TGA", "JPEG2000", "ICO")
+SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif")
+    + (".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".ico")
+)
+
+# EXIF orientation → what makes the picture upright (EXIF 2.3, tag 0x0112).
+EXIF_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; `status` is one of `manifest.STATUS`."""
+
+    def __init__(self, status: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """`pixels`: uint8 (H, W, 3), upright, on white. `width`, `height`: of the original, upright."""
+
+    pixels: np.ndarray
+    width: int
+    height: int
+    format: str
+
+
+def decode(
+    data: bytes,
+    *,
+    min_side: int | None = None,
+    montage: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    max_frames: int = MAX_FRAMES,
+) -> Decoded:
+    """Decode one image.
+
+    min_side: a JPEG may be decoded at 1/2, 1/4 or 1/8 scale (in the DCT, cheap) as long as both sides stay at
+        least this long; None = full size.
+    montage: stack first, middle and last frame of an animation, so that animations with one frame in common
+        differ; else the first frame.
+    Raises ImageError.
+    """
+    if not data:
+        raise ImageError("unreadable", "zero bytes")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return _decode_open(image, min_side, montage, max_pixels, max_frames)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError("too-large", str(error)) from error
+    except Image.UnidentifiedImageError as error:
+        raise ImageError("unreadable", f"not an image ({data[:8]!r}…)") from error
+    except MemoryError as error:
+        raise ImageError("too-large", "out of memory while decoding") from error
+    except Exception as error:  # decoders of untrusted bytes raise nearly every exception there is
+        raise ImageError("unreadable", f"{type(error).__name__}: {error}"[:200]) from error
+
+
+def _decode_open(image: Image.Image, min_side: int | None, montage: bool, max_pixels: int, max_frames: int) -> Decoded:
+    width, height, kind = image.width, image.height, image.format or ""
+    if width * height > max_pixels:
+        raise ImageError("too-large", f"{width}×{height} pixels, limit {max_pixels:,}")
+    frames = getattr(image, "n_frames", 1) if kind in ("GIF", "WEBP", "PNG", "AVIF", "TIFF") else 1
+    if frames > max_frames:
+        raise ImageError("too-large", f"{frames:,} frames, limit {max_frames:,}")
+    if min_side is not None and kind in ("JPEG", "MPO") and image.mode == "RGB":
+        image.draft("RGB", (min_side, min_side))
+    orientation = _exif_orientation(image)
+    transpose = EXIF_TRANSPOSE.get(orientation)
+    if frames > 1 and montage and kind != "TIFF":  # the pages of a TIFF are no animation
+        wanted = sorted({0, frames // 2, frames - 1})
+        pixels = np.concatenate([_frame(image, number, transpose) for number in wanted])
+    else:
+        pixels = _upright(image, transpose)
+    if orientation in (5, 6, 7, 8):  # those that swap the sides
+        width, height = height, width
+    return Decoded(pixels, width, height, kind)
+
+
+def _frame(image: Image.Image, number: int, transpose: Image.Transpose | None) -> np.ndarray:
+    image.seek(number)
+    return _upright(image, transpose)
+
+
+def _upright(image: Image.Image, transpose: Image.Transpose | None) -> np.ndarray:
+    rgb = _to_rgb(image)
+    return np.asarray(rgb.transpose(transpose) if transpose is not None else rgb)
+
+
+def _exif_orientation(image: Image.Image) -> int:
+    if image.format not in ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "AVIF"):
+        return 1
+    try:
+        return image.getexif().get(0x0112, 1)
+    except (OSError, ValueError, SyntaxError, KeyError, TypeError, struct.error):
+        return 1  # broken EXIF does not make the pixels unreadable
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB on white; 16- and 32-bit greys are scaled, not clipped."""
+    mode = image.mode
+    if mode == "RGB" and "transparency" not in image.info:
+        image.load()
+        return image
+    if mode.startswith(("I", "F")):
+        return _scale_high_depth(np.asarray(image, dtype=np.float64))
+    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scale_high_depth(values: np.ndarray) -> Image.Image:
+    """Grey values of unknown depth → 8 bits. The full scale is the smallest usual one that holds the maximum."""
+    values = np.nan_to_num(values)
+    top = float(values.max(initial=0.0))
+    scale = next((s for s in (1.0, 255.0, 65535.0) if top <= s), top)
+    grey = np.clip(np.rint(values * (255.0 / scale)), 0, 255).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
+
+
+def shrink(pixels: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (H, W, 3) → uint8 (size, size, 3), stretched; area average when shrinking."""
+    height, width = pixels.shape[:2]
+    smaller = height >= size and width >= size
+    interpolation = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
+    return cv2.resize(np.ascontiguousarray(pixels), (size, size), interpolation=interpolation)
+
+
+def square(pixels: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (H, W, 3) → uint8 (size, size, 3): padded to a square with white, centred, then `shrink`."""
+    height, width = pixels.shape[:2]
+    side = max(height, width)
+    if height == width:
+        return shrink(pixels, size)
+    canvas = np.full((side, side, 3), 255, dtype=np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    canvas[top : top + height, left : left + width] = pixels
+    return shrink(canvas, size)

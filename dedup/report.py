@@ -1,0 +1,186 @@
+"""OUT → a page that a person can judge the run by: OUT/report/index.html, opened from disk.
+
+In: OUT/manifest, OUT/pairs.parquet, OUT/run.json, and the source's images for thumbnails. Out: the page, and
+through `gallery` what it shows of the groups. Knows nothing of how the decisions were made. Captions and keys
+are untrusted: Jinja2 escapes them here, report.js only ever makes text nodes of them, and the policy of the
+page runs no other script.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import polars as pl
+
+from dedup import gallery, manifest
+from dedup.gallery import ALIKE, DUPLICATES, TURNED
+
+TEMPLATES = Path(__file__).parent / "templates"
+THUMBNAILS = 20_000  # about 60 MB and a minute on one core
+SOURCES = 100  # rows of the table of sources
+UNREADABLE = 500  # rows of the table of unreadable files
+MOSTLY = 0.5  # a source that loses more than this raises an alarm
+SIZES = ((2, 2), (3, 4), (5, 9), (10, 19), (20, 49), (50, 99), (100, None))
+HAMMING_STEP, HAMMING_BARS = (
+    2,
+    16,
+)  # a PDQ hash has as many ones as zeros, so distances are nearly always even
+RESIDUAL_STEP, RESIDUAL_BARS = 0.01, 20
+UNSEEN = ("phash", "dhash", "pdq", "pdq_d4", "pixel_digest", "captions", "weight")  # columns not read
+
+
+def write_report(out: Path, *, jobs: int = 0, thumbnails: int = THUMBNAILS) -> Path:
+    """Write OUT/report and return the path of its index.html.
+
+    jobs: processes that make thumbnails, 0 = one per processor. thumbnails: how many different pictures get
+    one at most. Raises ManifestError when OUT holds no finished run.
+    """
+    run = manifest.read_run(out)
+    rows = manifest.read(out, [column for column in manifest.SCHEMA if column not in UNSEEN])
+    pairs = pl.read_parquet(out / "pairs.parquet")
+    report = out / "report"
+    members = gallery.group_rows(rows, pairs)
+    listed = members.filter(pl.col("place") < gallery.MEMBERS)
+    src = Path(run["src"])
+    listed, made = gallery.write_thumbnails(src, report / "thumbs", listed, limit=thumbnails, jobs=jobs)
+    index = gallery.write_groups(report / "data", members, listed)
+    manifest.write_text(report / "report.js", (TEMPLATES / "report.js").read_text(encoding="utf-8"))
+    page = environment().get_template("dedup.html")
+    text = page.render(
+        **{name: run[name] for name in ("src", "counts", "options", "versions")},
+        **_summarise(rows, pairs, members),
+        credit=read_credit(src),
+        kinds=_count_kinds(index["kind"]),
+        thumbnails=made | {"limit": thumbnails},
+        member_limit=gallery.MEMBERS,
+        source_limit=SOURCES,
+    )
+    manifest.write_text(report / "index.html", text)
+    return report / "index.html"
+
+
+def environment(*folders: Path) -> jinja2.Environment:
+    """Templates of `folders`, then of this package. Undefined names are errors, everything is escaped."""
+    loader = jinja2.FileSystemLoader([*folders, TEMPLATES])
+    strict = jinja2.StrictUndefined
+    env = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True
+    )
+    env.filters |= {"number": format_number, "percent": format_percent, "bytes": format_bytes}
+    return env
+
+
+def read_credit(src: Path) -> str | None:
+    """What the licence of the drawings wants said, when SRC is the demo dataset or was planted from it."""
+    path = src / "demo.json"
+    return manifest.read_json(path).get("licence") if path.is_file() else None
+
+
+def format_number(value: float) -> str:
+    """12345 → "12,345"."""
+    return f"{value:,}"
+
+
+def format_percent(share: float) -> str:
+    """0.1611 → "16.1 %", with a no-break space."""
+    return f"{100 * share:.1f}\u00a0%"
+
+
+def format_bytes(size: float) -> str:
+    """12345678 → "12.3 MB" (powers of 1,000), with a no-break space."""
+    unit = "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f}\u00a0{unit}" if unit == "bytes" or size >= 100 else f"{size:.1f}\u00a0{unit}"
+
+
+def _summarise(rows: pl.DataFrame, pairs: pl.DataFrame, members: pl.DataFrame) -> dict[str, Any]:
+    """What the page says above the groups."""
+    sizes = members.filter(pl.col("kind") != ALIKE).group_by("group").len()["len"].to_numpy()
+    unreadable = rows.filter(pl.col("status") != "ok").head(UNREADABLE)
+    return {
+        "groups_of_copies": len(sizes),
+        "largest": int(sizes.max(initial=0)),
+        "turned_kept": members.filter(pl.col("kind") == TURNED).height,
+        "alike_kept": members.filter(pl.col("kind") == ALIKE).height,
+        "captions": count_captions(rows),
+        "charts": {"sizes": _size_bars(sizes)} | _distance_bars(pairs),
+        "sources": count_sources(rows),
+        "unreadable": unreadable.select("key", "status", "error", "size").to_dicts(),
+    }
+
+
+def count_captions(rows: pl.DataFrame) -> dict[str, dict[str, Any]]:
+    """How pictures and captions repeat. A picture is a group of copies; a missing caption repeats nothing."""
+    text = pl.col("caption").str.strip_chars()
+    said = rows.filter((pl.col("status") == "ok") & (text != "")).select("cluster_id", caption=text)
+    count = pl.len().cast(pl.Int64).alias("count")
+    both = said.group_by("cluster_id", "caption").agg(count)
+    usual = pl.col("caption").sort_by(-pl.col("count"), "caption").first()
+    tables = {
+        "same_same": both,
+        "same_other": both.group_by("cluster_id").agg(usual, count),
+        "other_same": both.group_by("caption").agg(count),
+    }
+    repeated = {name: table.filter(pl.col("count") > 1) for name, table in tables.items()}
+    return {
+        name: {
+            "cases": len(table),
+            "total": int(table["count"].sum()),
+            "top": table.sort(-pl.col("count"), "caption").head(3).select("count", "caption").to_dicts(),
+        }
+        for name, table in repeated.items()
+    }
+
+
+def count_sources(rows: pl.DataFrame) -> list[dict[str, Any]]:
+    """Rows, kept, removed, unreadable and the lost share of each source; those that lose most of it first."""
+    readable = pl.col("status") == "ok"
+    table = rows.group_by("source").agg(
+        rows=pl.len().cast(pl.Int64),
+        kept=pl.col("keep").sum(),
+        removed=(readable & ~pl.col("keep")).sum(),
+        unreadable=(~readable).sum(),
+    )
+    lost = 1 - pl.col("kept") / pl.col("rows")
+    return (
+        table.with_columns(lost=lost, alarm=lost > MOSTLY)
+        .sort(~pl.col("alarm"), -pl.col("rows"), "source")
+        .to_dicts()
+    )
+
+
+def _size_bars(sizes: np.ndarray) -> list[dict[str, Any]]:
+    bars = []
+    for low, high in SIZES:
+        label = f"{low}+" if high is None else f"{low}" if low == high else f"{low}–{high}"
+        bars.append({"label": label, "values": [int(((sizes >= low) & (sizes <= (high or np.inf))).sum())]})
+    return bars
+
+
+def _distance_bars(pairs: pl.DataFrame) -> dict[str, list[dict[str, Any]]]:
+    """Bars of the pairs that were found by hash: copies and look-alikes by differing bits and by colour."""
+    found = pairs.filter(pl.col("hamming").is_not_null() & pl.col("residual").is_not_null())
+    is_copy = found["class"].to_numpy() == "copy"
+    columns = {
+        "hamming": (HAMMING_STEP, HAMMING_BARS, "{:.0f}"),
+        "residual": (RESIDUAL_STEP, RESIDUAL_BARS, "{:.2f}"),
+    }
+    bars = {}
+    for column, (step, number, form) in columns.items():
+        bar = np.minimum((found[column].to_numpy() / step).astype(int), number - 1)
+        parts = [np.bincount(bar[chosen], minlength=number).tolist() for chosen in (is_copy, ~is_copy)]
+        bars[column] = [
+            {"label": form.format(n * step), "values": [part[n] for part in parts]} for n in range(number)
+        ]
+    return bars
+
+
+def _count_kinds(kinds: list[int]) -> list[tuple[int, str, int]]:
+    """(bits, label, groups) of the choices above the groups."""
+    labels = {DUPLICATES: "Copies removed", TURNED: "Mirrored or turned, kept", ALIKE: "Look-alikes, kept"}
+    labels[DUPLICATES | TURNED | ALIKE] = "All"
+    return [(bits, label, sum(1 for kind in kinds if kind & bits)) for bits, label in labels.items()]

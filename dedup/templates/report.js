@@ -1,0 +1,243 @@
+// The gallery of a deduplication report. Data arrive as scripts that call `receive`, because a page opened from disk may
+// not fetch. Captions and keys are untrusted: they only ever become text nodes and attributes.
+"use strict";
+
+const GROUPS_PER_PAGE = 20;
+const MEMBERS_SHOWN = 12;
+const CHUNKS_HELD = 40;
+const SIGNALS = { bytes: "same bytes", pixels: "same pixels", pdq: "PDQ hash" };
+const TURNS = {
+  r90: "turned 90° left", r180: "turned 180°", r270: "turned 90° right", m0: "mirrored",
+  m90: "mirrored, turned 90° left", m180: "mirrored upside down", m270: "mirrored, turned 90° right",
+};
+
+let index = null;
+let shown = []; // numbers of the groups that pass the filters, in order
+let page = 0;
+let turn = 0; // grows with every change, so that a slow search knows that it is out of date
+const chunks = new Map(); // chunk → promise of its groups
+const waiting = new Map(); // chunk → resolve
+const texts = []; // chunk → searchable text of its groups
+
+function receive(name, value) {
+  if (name === "index") start(value);
+  else waiting.get(name)?.(value);
+}
+
+function loadChunk(number) {
+  if (!chunks.has(number)) {
+    if (chunks.size >= CHUNKS_HELD) chunks.delete(chunks.keys().next().value);
+    chunks.set(number, new Promise((resolve, reject) => {
+      const script = document.createElement("script");
+      waiting.set(number, resolve);
+      script.src = `data/${String(number).padStart(5, "0")}.js`;
+      script.onerror = () => reject(new Error(`${script.src} cannot be read`));
+      script.onload = () => script.remove();
+      document.head.append(script);
+    }));
+  }
+  return chunks.get(number);
+}
+
+function chunkOf(group) {
+  let low = 0, high = index.starts.length - 1;
+  while (low < high) {
+    const middle = (low + high + 1) >> 1;
+    if (index.starts[middle] <= group) low = middle; else high = middle - 1;
+  }
+  return low;
+}
+
+function plain(text) {
+  return text.normalize("NFKC").toLowerCase();
+}
+
+async function searchableText(number) {
+  if (!texts[number]) {
+    const groups = await loadChunk(number);
+    const [key, caption] = ["key", "caption"].map((name) => index.fields.indexOf(name));
+    texts[number] = groups.map((group) => plain(group.rows.map((row) => `${row[key]}\n${row[caption] || ""}`).join("\n")));
+  }
+  return texts[number];
+}
+
+async function applyFilters() {
+  const mine = ++turn;
+  const form = new FormData(document.getElementById("controls"));
+  const kind = Number(form.get("kind"));
+  const signal = form.get("signal") === "" ? 0 : 1 << Number(form.get("signal"));
+  const source = form.get("source") === "" ? -1 : Number(form.get("source"));
+  const [least, most] = form.get("size").split("-").map((text) => Number(text) || Infinity);
+  const words = plain(form.get("query")).split(/\s+/).filter(Boolean);
+  let found = [];
+  for (let group = 0; group < index.size.length; group++) {
+    if (!(index.kind[group] & kind)) continue;
+    if (signal && !(index.signals[group] & signal)) continue;
+    if (form.get("size") && (index.size[group] < least || index.size[group] > most)) continue;
+    if (source >= 0 && !index.sources[group].includes(source)) continue;
+    found.push(group);
+  }
+  if (words.length) {
+    const matches = [];
+    for (const group of found) {
+      const number = chunkOf(group);
+      if (!texts[number]) {
+        say(`Searching… ${Math.round((100 * number) / index.starts.length)} %`);
+        await searchableText(number);
+        if (mine !== turn) return;
+      }
+      if (words.every((word) => texts[number][group - index.starts[number]].includes(word))) matches.push(group);
+    }
+    found = matches;
+  }
+  const by = {
+    largest: (a, b) => index.size[b] - index.size[a] || a - b,
+    smallest: (a, b) => index.size[a] - index.size[b] || a - b,
+    weakest: (a, b) => index.weakest[a] - index.weakest[b] || a - b,
+  };
+  shown = found.sort(by[form.get("order")]);
+  page = 0;
+  await draw();
+}
+
+async function draw() {
+  const mine = turn;
+  const at = page;
+  const list = document.getElementById("list");
+  const wanted = shown.slice(page * GROUPS_PER_PAGE, (page + 1) * GROUPS_PER_PAGE);
+  const groups = await Promise.all(wanted.map(async (group) => {
+    const number = chunkOf(group);
+    return (await loadChunk(number))[group - index.starts[number]];
+  }));
+  if (mine !== turn || at !== page) return;
+  list.replaceChildren(...groups.map(drawGroup));
+  if (!groups.length) list.append(element("p", "empty", "No group fits these filters."));
+  const pages = Math.max(1, Math.ceil(shown.length / GROUPS_PER_PAGE));
+  const many = (n) => n.toLocaleString("en");
+  say(`${many(shown.length)} ${shown.length === 1 ? "group" : "groups"} · page ${many(page + 1)} of ${many(pages)}`);
+  for (const button of document.querySelectorAll("[data-step]")) {
+    const target = page + Number(button.dataset.step);
+    button.disabled = target < 0 || target >= pages;
+  }
+}
+
+function say(text) {
+  document.getElementById("status").textContent = text;
+}
+
+function complain(error) {
+  say(`${error.message}. Is the folder of this report complete?`);
+}
+
+function element(tag, className, ...content) {
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  node.append(...content);
+  return node;
+}
+
+function drawGroup(group) {
+  const rows = group.rows.map((row) => Object.fromEntries(index.fields.map((field, i) => [field, row[i]])));
+  const total = rows.length + group.hidden;
+  const removed = group.removed;
+  const alike = rows[0].role === "look-alike";
+  const title = alike ? `${total} look-alikes` : `One picture, ${total} times`;
+  const article = element("article", "group", element("header", "", element("h3", "", title)));
+  article.firstChild.append(element("p", "", alike ? "all kept" : `${removed} removed, ${total - removed} kept`));
+  const members = element("ul", "members");
+  article.append(members);
+  const show = (some) => members.append(...some.map((row) => drawMember(row, rows[0])));
+  show(rows.slice(0, MEMBERS_SHOWN));
+  if (rows.length > MEMBERS_SHOWN) {
+    const button = element("button", "more", `Show ${rows.length - MEMBERS_SHOWN} more`);
+    button.type = "button";
+    button.onclick = () => {
+      show(rows.slice(MEMBERS_SHOWN));
+      members.children[MEMBERS_SHOWN].tabIndex = -1;
+      members.children[MEMBERS_SHOWN].focus({ preventScroll: true });
+      button.remove();
+      if (group.hidden) article.append(element("p", "note small", `${group.hidden} more are listed in ${alike ? "pairs.parquet" : "dropped.csv"}.`));
+    };
+    article.append(button);
+  }
+  return article;
+}
+
+function drawMember(row, first) {
+  const isFirst = row === first;
+  const tags = {
+    keeper: ["kept", "kept"], removed: ["removed", ""], "also-kept": [`${TURNS[row.orientation] || "copy"} · kept`, "also-kept"],
+    "look-alike": ["kept", "also-kept"],
+  };
+  const [label, tone] = tags[row.role];
+  const text = element("div", "", element("span", `tag ${tone}`, label));
+  if (row.caption === null) text.append(element("p", "same", "no caption"));
+  else if (!isFirst && row.caption === first.caption) text.append(element("p", "same", "same caption"));
+  else text.append(untrusted("caption", row.caption));
+  text.append(untrusted("key-line", row.key));
+  text.append(element("p", "details", `${row.width} × ${row.height} ${row.format || ""} · ${bytes(row.size)}`));
+  if (row.signal) text.append(element("p", "details", describeEvidence(row)));
+  if (row.partner) text.append(untrusted("details", `${row.role === "removed" ? "removed against" : "nearest to"} ${row.partner}`));
+  return element("li", `member ${isFirst && row.role === "keeper" ? "keeper" : ""}`, drawThumb(row), text);
+}
+
+function untrusted(className, text) {
+  const node = element("p", className, text);
+  node.title = text;
+  node.dir = "auto";
+  return node;
+}
+
+function describeEvidence(row) {
+  const parts = [SIGNALS[row.signal] || row.signal];
+  if (row.signal !== "bytes") {
+    if (row.hamming !== null) parts.push(`${row.hamming} bits`);
+    if (row.residual !== null) parts.push(`colour ${row.residual.toFixed(3)}`);
+    if (row.worst_tile !== null) parts.push(`worst tile ${row.worst_tile.toFixed(3)}`);
+    if (row.score !== null) parts.push(`score ${row.score.toFixed(3)}`);
+    if (row.role !== "also-kept" && TURNS[row.orientation]) parts.push(TURNS[row.orientation]);
+  }
+  if (row.class === "same-scene") parts.unshift("same scene");
+  if (row.reason === "policy" || row.reason === "external") parts.unshift(`removed by ${row.reason}`);
+  return parts.join(" · ");
+}
+
+function drawThumb(row) {
+  const box = element("div", "thumb");
+  if (/^[0-9a-f]{20}$/.test(row.thumb || "")) {
+    const image = element("img");
+    image.loading = "lazy";
+    image.alt = row.caption || row.key;
+    image.src = `thumbs/${row.thumb.slice(0, 2)}/${row.thumb}.jpg`;
+    box.append(image);
+  } else box.append("no thumbnail");
+  return box;
+}
+
+function bytes(n) {
+  const units = ["bytes", "kB", "MB", "GB"];
+  const power = n < 1000 ? 0 : Math.min(3, Math.floor(Math.log10(n) / 3));
+  const value = n / 1000 ** power;
+  return `${power && value < 100 ? value.toFixed(1) : Math.round(value)} ${units[power]}`;
+}
+
+function start(value) {
+  index = value;
+  const form = document.getElementById("controls");
+  const fill = (select, names) => names.forEach((name, i) => select.append(new Option(name, i)));
+  fill(form.elements.signal, index.signal_names.map((name) => SIGNALS[name] || name));
+  fill(form.elements.source, index.source_names);
+  let timer = 0;
+  form.addEventListener("input", (event) => {
+    clearTimeout(timer);
+    timer = setTimeout(() => applyFilters().catch(complain), event.target.name === "query" ? 150 : 0);
+  });
+  form.addEventListener("submit", (event) => event.preventDefault());
+  for (const button of document.querySelectorAll("[data-step]")) {
+    button.addEventListener("click", () => {
+      page += Number(button.dataset.step);
+      draw().then(() => document.getElementById("groups").scrollIntoView(), complain);
+    });
+  }
+  applyFilters().catch(complain);
+}

@@ -1,0 +1,54 @@
+"""Verbs of `defense`: parse → call → print. torch and polars are imported only when a command runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True)
+
+OURS = ("dedup", "defense", "eval")
+
+
+class MissingExtraError(OSError):
+    """A command needs packages of an extra that is not installed."""
+
+
+@contextmanager
+def require_extra(extra: str) -> Iterator[None]:
+    """Turn a failed import in the body into one line that names the extra to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] in OURS:
+            raise
+        what = f"{error.name} is not installed: pip install 'unmemorize[{extra}]'"
+        raise MissingExtraError(what) from error
+
+
+@app.callback()
+def main() -> None:
+    """Train small diffusion models on what `unmemorize dedup` found."""
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Argument(help="Folder made by `unmemorize dedup`.")],
+    arm: Annotated[str, typer.Option(help="What to train on: raw, refill or dedup.")],
+    config: Annotated[Path, typer.Option(help="TOML file, such as configs/tiny.toml.")],
+    run: Annotated[Path, typer.Option("--run", "-o", help="Folder to write.")],
+    seed: Annotated[int, typer.Option(min=0, help="Decides initial weights, order and noise.")] = 0,
+) -> None:
+    """Train a small text-to-image model on one arm of a deduplicated dataset.
+
+    The same command goes on where an interrupted run stopped, and does nothing when it is finished.
+
+        unmemorize train OUT --arm raw --config configs/tiny.toml -o runs/raw-0
+    """
+    with require_extra("train"):
+        from defense import train as training
+
+        training.train(out, arm, training.load_config(config), run, seed)
+    typer.echo(run / "model")

@@ -1,0 +1,189 @@
+"""Manifest + arm → tensors; which rows are held out; and in which order the rest is trained on.
+
+In: the rows of an arm, SRC, the frozen halves of the model (autoencoder, text encoder). Out: `Examples`,
+everything that training needs in memory: latents, and one embedding per distinct caption. Images are decoded
+once. Knows nothing of what the arms mean, nor of the training loop.
+"""
+
+import hashlib
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from dedup import images, manifest, sources
+from dedup.hashing import digest
+
+SPARE = "spare"  # folder of a planted dataset with images that stand nowhere else
+CHUNK = 64  # images or captions at a time through the frozen networks; fixed, so that results are too
+
+
+class DataError(OSError):
+    """An image of the manifest that cannot be had any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """What a model is trained on. Row i draws its caption from `caption_ids[first[i] :][: count[i]]`."""
+
+    latents: Tensor  # (N, C, h, w) float32, scaled to unit variance
+    embeddings: Tensor  # (D, L, W) float32, one per distinct caption; row 0 is the empty caption
+    caption_ids: Tensor  # (sum of count,) int64, rows of `embeddings`
+    first: Tensor  # (N,) int64
+    count: Tensor  # (N,) int64, at least 1
+
+    def draw_captions(self, rows: Tensor, uniform: Tensor) -> Tensor:
+        """Rows of `embeddings` for the rows (B,) int64, chosen by uniform (B,) in [0, 1)."""
+        chosen = (uniform * self.count[rows]).long()
+        return self.caption_ids[self.first[rows] + chosen.minimum(self.count[rows] - 1)]
+
+
+def build_examples(
+    rows: pl.DataFrame,
+    src: Path,
+    *,
+    resolution: int,
+    autoencoder: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+) -> Examples:
+    """Rows of an arm (`arms.COLUMNS`) → Examples. Raises DataError."""
+    latents = encode_latents(load_pixels(rows, src, resolution), autoencoder)
+    captions = [list(texts) or [""] for texts in rows["captions"]]
+    distinct = number_texts(["", *chain.from_iterable(captions)])
+    count = torch.tensor([len(texts) for texts in captions])
+    return Examples(
+        latents,
+        embed_captions(list(distinct), tokenizer, text_encoder),
+        caption_ids=torch.tensor([distinct[text] for texts in captions for text in texts]),
+        first=count.cumsum(0) - count,
+        count=count,
+    )
+
+
+def number_texts(texts: Iterable[str]) -> dict[str, int]:
+    """Distinct texts, numbered in order of appearance."""
+    return {text: number for number, text in enumerate(dict.fromkeys(texts))}
+
+
+def load_pixels(rows: pl.DataFrame, src: Path, size: int) -> np.ndarray:
+    """uint8 (N, size, size, 3): every image upright on white, padded to a square. Raises DataError."""
+    pixels = np.empty((len(rows), size, size, 3), dtype=np.uint8)
+    for number, row in enumerate(rows.iter_rows(named=True)):
+        data = sources.read_image(src, row["shard"], row["offset"], row["size"], row["key"])
+        if row["sha256"] is not None and digest(data) != row["sha256"]:
+            raise DataError(f"{src}: {row['key']} has changed: run `unmemorize dedup` again")
+        try:
+            pixels[number] = images.square(images.decode(data).pixels, size)
+        except images.ImageError as error:
+            raise DataError(f"{src}: {row['key']} cannot be decoded ({error})") from error
+    return pixels
+
+
+@torch.no_grad()
+def encode_latents(pixels: np.ndarray, autoencoder: AutoencoderKL) -> Tensor:
+    """uint8 (N, H, W, 3) → float32 (N, C, H/f, W/f): mean of the posterior times the scaling factor."""
+    latents = []
+    for chunk in torch.from_numpy(pixels).split(CHUNK):
+        x = chunk.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W) in [-1, 1]
+        latents.append(autoencoder.encode(x.contiguous()).latent_dist.mode())
+    return torch.cat(latents) * autoencoder.config.scaling_factor
+
+
+@torch.no_grad()
+def embed_captions(captions: Sequence[str], tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> Tensor:
+    """float32 (N, L, W), as StableDiffusionPipeline does: padded or cut to the L tokens of the tokenizer."""
+    embeddings = []
+    for start in range(0, len(captions), CHUNK):
+        chunk = list(captions[start : start + CHUNK])
+        tokens = tokenizer(chunk, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        embeddings.append(text_encoder(tokens.to(text_encoder.device))[0])  # (B, L) → (B, L, W)
+    return torch.cat(embeddings)
+
+
+def hold_out(rows: pl.DataFrame, share: float, protected: Collection[str] = ()) -> pl.Series:
+    """Boolean per row: True where its component is held out of training.
+
+    The choice is a hash of the component, hence the same for every arm and seed, and two copies of an image
+    never stand on both sides. Components that hold a key of `protected` (the canaries) are never held out.
+    """
+    component = rows["component_id"].fill_null(rows["id"])
+    held = [c for c in component.unique() if _hash_to_unit(c) < share]
+    safe = component.filter(rows["key"].is_in(list(protected)))
+    return (component.is_in(held) & ~component.is_in(safe.to_list())).alias("held_out")
+
+
+def _hash_to_unit(number: int) -> float:
+    """A number in [0, 1) that depends on the id alone."""
+    return int.from_bytes(hashlib.blake2b(str(number).encode(), digest_size=6).digest(), "big") / 2**48
+
+
+def read_canary_keys(out: Path) -> list[str]:
+    """Keys of the planted copies; none when the dataset was not planted."""
+    path = out / "plant.parquet"
+    return pl.read_parquet(path, columns=["key"])["key"].drop_nulls().to_list() if path.exists() else []
+
+
+def read_spare(src: Path) -> pl.DataFrame | None:
+    """Location and caption of the spare images of a planted dataset, in order; None when it has none."""
+    folder = src / SPARE
+    if not folder.is_dir():
+        return None
+    columns = ("shard", "offset", "size", "key", "caption")
+    found = [
+        (f"{SPARE}/{shard.name}", record.offset, record.size, record.key, record.caption)
+        for shard in sources.list_shards(folder)
+        for record in sources.read_shard(shard)
+    ]
+    return pl.DataFrame(found, schema={column: manifest.SCHEMA[column] for column in columns}, orient="row")
+
+
+def draw_rows(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """int64 (B,): rows of a batch. Shuffled passes over 0 … n-1 follow each other, each row once a pass."""
+    passes, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
+    return np.concatenate(
+        [_shuffle(n, seed, p)[places[passes == p]] for p in range(passes[0], passes[-1] + 1)]
+    )
+
+
+@lru_cache(maxsize=4)
+def _shuffle(n: int, seed: int, number: int) -> np.ndarray:
+    return np.random.default_rng([seed, 0, number]).permutation(n)
+
+
+def draw_noise(batch_size: int, shape: Sequence[int], seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Standard normal (B, *shape), uniform (3, B) in [0, 1), and a permutation (B,) of 0 … B-1."""
+    state = np.random.SeedSequence([seed, 1, step]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(state))
+    return (
+        torch.randn((batch_size, *shape), generator=generator),
+        torch.rand((3, batch_size), generator=generator),
+        torch.randperm(batch_size, generator=generator),
+    )
+
+
+def count_exposures(
+    rows: pl.DataFrame, training: pl.DataFrame, steps: int, batch_size: int, seed: int
+) -> pl.DataFrame:
+    """How often each row was trained on: id, cluster_id, key, held_out, exposures.
+
+    rows: the manifest with `held_out`; training: the rows of the arm. Every row of the manifest is there,
+    with 0 if the arm left it out; then the spare images that were used, without id and cluster.
+    """
+    exposures = np.zeros(len(training), dtype=np.int64)
+    for step in range(steps):
+        np.add.at(exposures, draw_rows(len(training), batch_size, seed, step), 1)
+    counted = training.select("id", "cluster_id", "key", exposures=pl.Series(exposures))
+    ours = rows.select("id", "cluster_id", "key", "held_out").join(
+        counted.select("id", "exposures"), on="id", how="left", maintain_order="left"
+    )
+    fresh = counted.filter(pl.col("id").is_null()).with_columns(held_out=pl.lit(False))
+    return pl.concat([ours.with_columns(pl.col("exposures").fill_null(0)), fresh.select(ours.columns)])
