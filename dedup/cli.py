@@ -52,10 +52,11 @@ def dedup(
 def _summary(counts: dict, out: Path, report: bool, level: str) -> str:
     share = counts["dropped"] / max(1, counts["rows"])
     saved = counts["bytes_dropped"] / 1e6
+    look_alikes = counts["pairs"].get("look-alike", 0)
     lines = [
         f"{counts['rows']:,} images: {counts['kept']:,} kept, {counts['dropped']:,} duplicates dropped "
         f"({share:.1%}, {saved:,.1f} MB), {counts['unreadable']:,} unreadable. Level: {level}.",
-        f"{counts['pairs'].get('look-alike', 0):,} look-alike pairs were kept; {counts['without_caption']:,} images have no caption.",
+        f"{look_alikes:,} look-alike pairs were kept; {counts['without_caption']:,} images have no caption.",
         f"Kept rows: {out / 'deduplicated.parquet'}",
     ]
     if report:

@@ -47,8 +47,9 @@ def fingerprint_shard(shard: sources.Shard, index: int, work: Path, options: Dec
             if len(pending) >= BATCH:
                 _hash_batch(pending)
     except sources.SourceError as error:  # what was read before the damage stays
-        row = dict.fromkeys(COLUMNS) | {"key": shard.name or "", "status": "unreadable", "error": str(error)}
-        rows.append(row | _location(shard, row["key"]) | {"offset": 0, "size": 0})
+        key = shard.name or ""
+        row = dict.fromkeys(COLUMNS) | _location(shard, key) | {"key": key, "offset": 0, "size": 0}
+        rows.append(row | {"status": "unreadable", "error": str(error)})
         thumbnails.append(np.zeros((THUMBNAIL, THUMBNAIL, 3), np.uint8))
     _hash_batch(pending)
     frame = pl.DataFrame(rows, schema={column: SCHEMA[column] for column in COLUMNS})

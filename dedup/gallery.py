@@ -68,13 +68,7 @@ def _copies(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
         .unique("id", keep="first", maintain_order=True)
     )
     first = pl.col("id") == pl.col("cluster_id")
-    role = (
-        pl.when(first)
-        .then(pl.lit("keeper"))
-        .when("keep")
-        .then(pl.lit("also-kept"))
-        .otherwise(pl.lit("removed"))
-    )
+    role = pl.when(first).then(pl.lit("keeper")).when("keep").then(pl.lit("also-kept")).otherwise(pl.lit("removed"))
     kind = pl.when(first).then(0).when("keep").then(TURNED).otherwise(DUPLICATES)
     order = pl.when(first).then(-2.0).when("keep").then(-1.0).otherwise("score")
     members = members.with_columns(role=role, kind=kind, group="cluster_id", first="cluster_id")
@@ -125,9 +119,7 @@ def _describe(members: pl.DataFrame, best: pl.DataFrame, rows: pl.DataFrame, ord
     is_first = pl.col("id") == pl.col("first")
     table = members.drop(EVIDENCE, strict=False)
     table = table.join(best.select("id", "other", *EVIDENCE), on="id", how="left", maintain_order="left")
-    table = table.join(
-        rows.select(other="id", other_key="key"), on="other", how="left", maintain_order="left"
-    )
+    table = table.join(rows.select(other="id", other_key="key"), on="other", how="left", maintain_order="left")
     text = pl.col("caption").str.strip_chars()
     return table.with_columns(
         *[pl.when(~is_first).then(column).alias(column) for column in EVIDENCE],
@@ -182,9 +174,7 @@ def _chunks(listed: pl.DataFrame, groups: pl.DataFrame) -> Iterator[tuple[int, l
     rows = listed.select(FIELDS).with_columns(rounded).iter_rows()
     chunk: list[dict[str, Any]] = []
     held = start = 0
-    for number, (count, size, removed) in enumerate(
-        zip(shown, groups["size"], groups["removed"], strict=True)
-    ):
+    for number, (count, size, removed) in enumerate(zip(shown, groups["size"], groups["removed"], strict=True)):
         if chunk and (len(chunk) == CHUNK_GROUPS or held + count > CHUNK_ROWS):
             yield start, chunk
             chunk, held, start = [], 0, number
@@ -215,9 +205,7 @@ def write_thumbnails(
     present = {path.stem for path in folder.glob("*/*.jpg")}
     for stale in present - set(chosen["thumb"]):
         _thumbnail_path(folder, stale).unlink()
-    missing = chosen.filter(~pl.col("thumb").is_in(list(present))).select(
-        "thumb", "shard", "offset", "size", "key"
-    )
+    missing = chosen.filter(~pl.col("thumb").is_in(list(present))).select("thumb", "shard", "offset", "size", "key")
     tasks = [(src, folder, part.rows()) for part in missing.iter_slices(THUMBNAILS_PER_TASK)]
     jobs = min(jobs or engine.available_cpus(), max(1, len(tasks) // 4))  # a process must be worth its start
     failed = {name for names in engine.run(make_thumbnails, tasks, jobs=jobs) for name in names}
@@ -236,9 +224,7 @@ def make_thumbnails(src: Path, folder: Path, rows: list[tuple]) -> list[str]:
         except (OSError, images.ImageError):
             failed.append(name)
             continue
-        manifest.write_atomic(
-            _thumbnail_path(folder, name), partial(Path.write_bytes, data=encode_jpeg(pixels))
-        )
+        manifest.write_atomic(_thumbnail_path(folder, name), partial(Path.write_bytes, data=encode_jpeg(pixels)))
     return failed
 
 

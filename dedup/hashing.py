@@ -30,7 +30,7 @@ def digest(data: bytes) -> str:
 
 
 def pixel_digest(pixels: np.ndarray) -> str:
-    """SHA-256 of upright RGB pixels uint8 (H, W, 3) and their shape: equal only for the same picture, pixel by pixel."""
+    """SHA-256 of upright RGB pixels uint8 (H, W, 3) and their shape: equal only for the same picture."""
     shape = f"{pixels.shape[0]}x{pixels.shape[1]}:".encode()
     return hashlib.sha256(shape + np.ascontiguousarray(pixels).tobytes()).hexdigest()
 

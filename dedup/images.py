@@ -17,8 +17,11 @@ MAX_FRAMES = 1_000
 # Formats with a decoder in Pillow itself. EPS, for one, would start an outside program on untrusted bytes.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "PPM", "TGA", "JPEG2000", "ICO")
 SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif")
-    + (".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".ico")
+    f".{suffix}"
+    for suffix in (
+        *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif"),
+        *("ppm", "pgm", "pbm", "pnm", "tga", "jp2", "ico"),
+    )
 )
 
 # EXIF orientation → what makes the picture upright (EXIF 2.3, tag 0x0112).

@@ -94,10 +94,11 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 def _prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options) -> Path:
     """The work folder, with signatures of shards that have changed since the last run removed."""
     path = out / ".work" / "options.json"
-    recorded = {"src": str(src), "options": asdict(options), "versions": _versions()}
+    chosen = asdict(options)
+    recorded = {"src": str(src), "options": chosen, "versions": _versions()}
     if path.exists():
         before = manifest.read_json(path)
-        differing = [k for k in recorded["options"] if before["options"].get(k) != recorded["options"][k]]
+        differing = [k for k in chosen if before["options"].get(k) != chosen[k]]
         if before["src"] != str(src):
             raise OutputError(f"{out} holds a run over {before['src']}: choose another -o or delete it")
         if differing:

@@ -148,9 +148,7 @@ def plant(
     return truth
 
 
-def _check_options(
-    canaries: int, multiplicities: Sequence[int], fillers: int, edited: float, seed: int
-) -> None:
+def _check_options(canaries: int, multiplicities: Sequence[int], fillers: int, edited: float, seed: int) -> None:
     levels = len(multiplicities)
     if not levels or min(multiplicities) < 0:
         raise PlantError(f"multiplicities {list(multiplicities)}: one level or more, none below 0")
@@ -302,9 +300,7 @@ def select_images(
     return chosen, others, spares
 
 
-def assign_levels(
-    canaries: int, multiplicities: Sequence[int], edited: float, seed: int
-) -> list[tuple[int, str]]:
+def assign_levels(canaries: int, multiplicities: Sequence[int], edited: float, seed: int) -> list[tuple[int, str]]:
     """(multiplicity, mode) of each canary. A Latin square: canary i has level i + seed, modulo the L levels.
 
     Of the canaries of a level, `edited` times their number (rounded up or down) are in mode "edited". A

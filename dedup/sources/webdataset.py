@@ -131,6 +131,9 @@ def _index_plain(path: Path) -> list[tuple[bytes, int, int]]:
             if kind in (b"0", b"\0"):
                 index.append((name, start, size))
             position = start + (size + BLOCK - 1) // BLOCK * BLOCK
+        else:
+            if position < size_of_file:
+                index.append((f"{path}: ends inside a header at byte {position}".encode(), 0, -1))
     return index
 
 

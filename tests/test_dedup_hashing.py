@@ -1,0 +1,54 @@
+"""Fingerprints against the packages they must equal: imagehash and pdqhash."""
+
+import imagehash
+import numpy as np
+import pdqhash
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dedup import hashing
+from dedup.verify import orient
+
+
+def picture(seed: int, height: int, width: int) -> np.ndarray:
+    """Noise at several scales, as photographs have it."""
+    rng = np.random.default_rng(seed)
+    total = np.zeros((height, width, 3))
+    for cells in (3, 6, 12, 24, 48):
+        coarse = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        total += np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=float) / cells**0.5
+    return (total * (255 / total.max())).astype(np.uint8)
+
+
+def pdq_of(pixels: np.ndarray) -> tuple[np.ndarray, int]:
+    codes, quality = hashing.pdq(hashing.pdq_luma(pixels, *pixels.shape[:2])[None])
+    return codes[0], int(quality[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(20, 300), st.integers(20, 300))
+def test_phash_and_dhash_equal_imagehash(seed: int, height: int, width: int) -> None:
+    image = picture(seed, height, width)
+    small, wide = hashing.grey_thumbnails(image)
+    assert hashing.to_hex(hashing.phash(small[None])) == [str(imagehash.phash(Image.fromarray(image)))]
+    assert hashing.to_hex(hashing.dhash(wide[None])) == [str(imagehash.dhash(Image.fromarray(image)))]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.integers(64, 400), st.integers(64, 400))
+def test_pdq_is_that_of_the_reference(seed: int, height: int, width: int) -> None:
+    image = picture(seed, height, width)
+    codes, quality = pdq_of(image)
+    reference, reference_quality = pdqhash.compute(image)
+    assert (np.unpackbits(codes[0]) != np.asarray(reference)).sum() <= 2
+    assert abs(quality - reference_quality) <= 1
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_the_eight_codes_are_those_of_the_turned_picture(number: int) -> None:
+    image = picture(3, 64, 64)  # the luma buffer is the picture itself, so that turning it is exact
+    turned = np.ascontiguousarray(orient(image[None], number)[0])
+    distance = (np.unpackbits(pdq_of(image)[0][number]) != np.unpackbits(pdq_of(turned)[0][0])).sum()
+    assert distance <= 2
