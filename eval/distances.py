@@ -3,6 +3,8 @@
 Sums are taken in float64 from products of matrices, a few rows at a time. Knows nothing of files or thresholds.
 """
 
+import itertools
+
 import numpy as np
 
 CHUNK = 2**25  # numbers converted to float64 at a time: 256 MB
@@ -61,8 +63,8 @@ def max_tile_l2(a: np.ndarray, grid: int = 4) -> np.ndarray:
         raise ValueError(f"{grid} × {grid} tiles do not fit into {a.shape[1]} × {a.shape[2]} pixels")
     rows, columns = (np.linspace(0, side, grid + 1).round().astype(int) for side in a.shape[1:3])
     largest = np.zeros((len(a), len(a)), np.float32)
-    for top, bottom in zip(rows, rows[1:], strict=False):
-        for left, right in zip(columns, columns[1:], strict=False):
+    for top, bottom in itertools.pairwise(rows):
+        for left, right in itertools.pairwise(columns):
             tile = a[:, top:bottom, left:right]
             np.maximum(largest, l2(tile, tile), out=largest)
     return largest
