@@ -5,8 +5,8 @@ trained once, on pictures that belong to no demo set, and shipped frozen with th
 
 The packaged weights come from Debian's `openclipart-png` and npm's `@lobehub/fluent-emoji-3d` 1.1.0, both unpacked:
     python benchmarks/train_autoencoder.py OPENCLIPART FLUENT --out defense/weights/autoencoder --held-out OTHER
-Expected: @EXPECTED@
-Runtime: @RUNTIME@. The same seed on the same machine gives the same weights.
+Expected: held-out normalised l2 of OpenMoji drawings .0485 in the median, .0837 at 95 % (.03 is wanted).
+Runtime: 37 minutes on one core. The same seed on the same machine gives the same weights.
 """
 
 import json

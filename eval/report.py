@@ -34,9 +34,7 @@ def write_report(audit: Path) -> Path:
     rows = pl.read_parquet(audit / "comparison.parquet").sort(-pl.col("multiplicity"), "target_id", "seed")
     runs = {path: manifest.read_json(Path(path) / "config.json") for path in rows["run"].unique().sort()}
     arms = list(verdict["arms"])
-    originals = {
-        run["out"]: read_originals(Path(run["out"]), rows["key"].unique().to_list()) for run in runs.values()
-    }
+    originals = {run["out"]: read_originals(Path(run["out"]), rows["key"].unique().to_list()) for run in runs.values()}
     pictures: dict[str, bytes] = {}
     planted, never = rows.filter(pl.col("multiplicity") > 0), rows.filter(pl.col("multiplicity") == 0)
     text = (
@@ -177,8 +175,7 @@ def draw_dose(rows: pl.DataFrame, arms: list[str]) -> dict[str, Any]:
             if len(cell):
                 place = {"m": m, "x": round(x[m] + DODGE * (number - (len(arms) - 1) / 2), 2)} | count(cell)
                 heights = {
-                    f"y_{name}": round(BOTTOM - (BOTTOM - TOP) * place[name], 2)
-                    for name in ("share", "low", "high")
+                    f"y_{name}": round(BOTTOM - (BOTTOM - TOP) * place[name], 2) for name in ("share", "low", "high")
                 }
                 points.append(place | heights)
         path = " ".join(f"{p['x']},{p['y_share']}" for p in points if p["m"])
@@ -202,9 +199,7 @@ def collect_cases(
         some = next(iter(by_arm.values()))
         run = runs[some["run"]]
         original = add_original(originals[run["out"]].get(some["key"]), run["config"]["resolution"], pictures)
-        answers = [
-            by_arm[arm] | {"picture": add_generation(by_arm[arm], pictures)} for arm in arms if arm in by_arm
-        ]
+        answers = [by_arm[arm] | {"picture": add_generation(by_arm[arm], pictures)} for arm in arms if arm in by_arm]
         case = {
             "target": target,
             "seed": seed,
@@ -255,9 +250,7 @@ def read_originals(out: Path, keys: list[str]) -> dict[str, bytes]:
     else:
         found = {}
     place = ["shard", "offset", "size", "key"]
-    rows = manifest.read(out, [*place, "status"]).filter(
-        (pl.col("status") == "ok") & pl.col("key").is_in(keys)
-    )
+    rows = manifest.read(out, [*place, "status"]).filter((pl.col("status") == "ok") & pl.col("key").is_in(keys))
     for row in rows.filter(~pl.col("key").is_in(list(found))).select(place).iter_rows(named=True):
         try:
             found[row["key"]] = sources.read_image(src, **row)

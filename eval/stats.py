@@ -133,7 +133,7 @@ def randomisation_test(
         signs, exact = _draw_signs(int(np.count_nonzero(d)), draws, seed)
         null = signs @ d[d != 0] / len(d)
     method = f"sign changes of {len(d)} units, {_describe(len(null), exact)}"
-    return Effect(d.mean(), low, high, level, len(d), _tail(d.mean(), null, exact), method)
+    return Effect(float(d.mean()), low, high, level, len(d), _tail(d.mean(), null, exact), method)
 
 
 def assignment_test(

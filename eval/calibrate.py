@@ -1,0 +1,122 @@
+"""Thresholds, from pictures alone: set before a model is asked anything, and equal for all models of one OUT.
+
+In: the yardstick. Out: calibration.json. A fixed δ of 0.15 (Carlini et al. 2023) means little at small resolutions,
+where many unrelated pictures lie that near to each other, so every target has a δ of its own. Knows nothing of
+models: none of its numbers needs a generation.
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from dedup import manifest
+from eval.distances import flip, flip_min, l2, max_tile_l2, scale
+from eval.targets import Yardstick
+
+ENCODER = "pixels"
+DELTA = 0.15  # Carlini et al. 2023, sec. 4.2; also the largest δ of a target
+LITERATURE = (0.15, 0.10, 0.05)  # their range for near pixel-perfect copies
+EDGE_QUANTILE = 0.001
+QUANTILES = (0.0001, 0.001, 0.01, 0.05, 0.5)  # reported beside it
+SAMPLE = 2_000  # pictures of the reference whose pairs are measured; more would not move the quantiles much
+
+
+class CalibrationError(ValueError):
+    """Too few pictures to set a threshold, or thresholds that were set otherwise before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The thresholds and where they come from. Distances are normalised, 0 … 1."""
+
+    encoder: str
+    resolution: int
+    n_reference: int
+    reference_sha256: str  # of the pixels of the reference, in whatever order
+    delta_edge: float  # generations nearer than this are joined
+    edge_quantile: float
+    edge_quantiles: dict[str, float]  # largest tile distance of unrelated pairs
+    edge_pairs: int  # unrelated pairs measured
+    nearest_quantiles: dict[str, float]  # distance of a picture to the nearest unrelated one or its mirror image
+    literature: list[dict[str, float]]  # δ, and the share of the reference within δ of an unrelated picture
+    delta: dict[str, float]  # by target_id
+
+    def delta_of(self, targets: pl.DataFrame) -> np.ndarray:
+        """float64 (T,): δ of each target."""
+        return np.array([self.delta[target] for target in targets["target_id"]])
+
+
+def calibrate(yardstick: Yardstick) -> Calibration:
+    """δ of every target, and the edge threshold of the clique attack. Raises CalibrationError.
+
+    δ of a target is half its distance to the nearest other picture or the mirror image of one, at most 0.15. By the
+    triangle inequality, a generation within δ is then nearer to the target than to any other picture. The
+    target's own mirror image is no other picture: with it, a symmetric one could never be matched.
+    Edge threshold: the 0.1 % quantile of the largest tile distance between pictures with different captions.
+    Carlini et al. publish none; generations for members must not set it.
+    """
+    reference = scale(yardstick.reference_pixels)
+    if len(reference) < 3:
+        raise CalibrationError(f"{len(reference)} distinct pictures in the dataset are too few to set a threshold")
+    others = np.where(yardstick.own, np.inf, flip_min(scale(yardstick.target_pixels), reference)).min(axis=1)
+    delta = np.minimum(DELTA, others / 2)
+    digests = np.array([hashlib.sha256(pixels.tobytes()).hexdigest() for pixels in yardstick.reference_pixels])
+    chosen = np.argsort(digests, kind="stable")[:SAMPLE]  # random, yet fixed by the pictures
+    unrelated = _list_unrelated(yardstick.reference["caption"].gather(chosen))
+    if not unrelated.any():
+        raise CalibrationError("all pictures have one caption: the edge threshold needs different ones")
+    tiles = max_tile_l2(reference[chosen])[unrelated]
+    nearest = _nearest_other(reference, chosen)
+    return Calibration(
+        encoder=ENCODER,
+        resolution=int(reference.shape[1]),
+        n_reference=len(reference),
+        reference_sha256=hashlib.sha256("".join(sorted(digests)).encode()).hexdigest(),
+        delta_edge=_round(np.quantile(tiles, EDGE_QUANTILE)),
+        edge_quantile=EDGE_QUANTILE,
+        edge_quantiles=_quantiles(tiles),
+        edge_pairs=len(tiles),
+        nearest_quantiles=_quantiles(nearest),
+        literature=[{"delta": d, "share": _round((nearest <= d).mean())} for d in LITERATURE],
+        delta=dict(sorted(zip(yardstick.targets["target_id"], map(_round, delta), strict=True))),
+    )
+
+
+def _list_unrelated(captions: pl.Series) -> np.ndarray:
+    """bool (n, n), upper triangle: different captions; a missing one differs from all."""
+    names = captions.rank("dense").fill_null(0).to_numpy()
+    different = (names[:, None] != names) | (names[:, None] == 0)
+    return np.triu(different, k=1)
+
+
+def _nearest_other(reference: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """float32 (n,): distance of the chosen pictures to the nearest other one, or the mirror image of another."""
+    distances = np.minimum(l2(reference[chosen], reference), l2(flip(reference[chosen]), reference))
+    distances[np.arange(len(chosen)), chosen] = np.inf
+    return distances.min(axis=1)
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+    return {f"{q:g}": _round(np.quantile(values, q)) for q in QUANTILES}
+
+
+def _round(value: float) -> float:
+    """Six digits: what the last bits of a sum are differs between processors."""
+    return round(float(value), 6)
+
+
+def freeze(calibration: Calibration, path: Path) -> None:
+    """Write calibration.json, or see that it says the same. Raises CalibrationError."""
+    text = asdict(calibration)
+    if not path.exists():
+        manifest.write_json(path, text)
+        return
+    before = manifest.read_json(path)
+    if changed := [name for name in text if before.get(name) != text[name]]:
+        raise CalibrationError(
+            f"{path} was made from other pictures or targets ({', '.join(changed)} differ): thresholds stay as "
+            "they were set; delete the file if no score is to be kept"
+        )

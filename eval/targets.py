@@ -1,0 +1,210 @@
+"""Which images are attacked, and what a generation is compared with. Both depend on OUT alone, never on an arm.
+
+In: a dedup run OUT and, when it is a planted dataset, the truth in OUT/plant.parquet. Out: two tables and their
+pixels. The yardstick is not the tool under test: planted copies leave the reference by that truth, so a
+copy that deduplication has missed does not count as another picture. Knows nothing of models.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from dedup import images, manifest, sources
+from dedup.hashing import digest
+from dedup.policy import has_caption
+
+CANARIES, SPARE = "canaries", "spare"  # folders of a planted dataset: the originals, and images for the refill
+LOCATION = ("shard", "offset", "size", "key", "sha256")
+
+TARGETS: dict[str, pl.DataType | type[pl.DataType]] = {
+    "target_id": pl.String,  # key of the canary, or "row-" and the start of the sha256 of the image
+    "cluster_id": pl.Int64,  # of the manifest; null for a canary that stands nowhere
+    "component_id": pl.Int64,  # of the manifest; null for every canary
+    "prompt": pl.String,
+    "prompt_kind": pl.String,  # "member", or "control": no model was trained on the image
+    "multiplicity": pl.Int64,  # how often the image stands in the original data; 0 for controls
+    "mode": pl.String,  # of a canary: "exact" or "edited"; null for what was not planted
+    **{name: manifest.SCHEMA[name] for name in LOCATION},
+}
+REFERENCE: dict[str, pl.DataType | type[pl.DataType]] = {
+    "kind": pl.String,  # "dataset", "canary", "spare"
+    "component_id": pl.Int64,  # null for canaries and spares
+    "caption": pl.String,
+    **{name: manifest.SCHEMA[name] for name in LOCATION},
+}
+
+
+class TargetError(ValueError):
+    """Nothing to attack, or a planted dataset that is not complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class Yardstick:
+    """Targets and reference with their pixels, uint8 (N, R, R, 3), in the order of the tables."""
+
+    targets: pl.DataFrame
+    target_pixels: np.ndarray
+    reference: pl.DataFrame
+    reference_pixels: np.ndarray
+    own: np.ndarray  # bool (targets, reference): shows the picture of the target, or belongs to its component
+
+
+def load_yardstick(out: Path, resolution: int, *, limit: int | None = 200, held_out: float = 0.0) -> Yardstick:
+    """Everything a generation is measured against. Parameters as in `load_targets`."""
+    targets, reference = load_targets(out, limit=limit, held_out=held_out), load_reference(out)
+    same_key = targets["key"].to_numpy()[:, None] == reference["key"].to_numpy()
+    canary = targets["mode"].is_not_null().to_numpy()[:, None] & (reference["kind"] == "canary").to_numpy()
+    components = targets["component_id"].fill_null(-1).to_numpy()[:, None]
+    same_component = components == reference["component_id"].fill_null(-2).to_numpy()
+    return Yardstick(
+        targets,
+        load_pixels(out, targets, resolution),
+        reference,
+        load_pixels(out, reference, resolution),
+        own=(same_key & canary) | same_component,
+    )
+
+
+def load_targets(out: Path, *, limit: int | None = 200, held_out: float = 0.0) -> pl.DataFrame:
+    """One row a target, columns TARGETS.
+
+    A planted dataset: every canary; those that stand nowhere are controls. Any other: the keepers of clusters
+    that have a caption, most duplicated first (the choice of Carlini et al. 2023, sec. 4.2), then single
+    images in a fixed random order; at most `limit`. Components that training holds out are no members;
+    `held_out` is the share in the config of the runs, and of those components at most `limit` are controls.
+    Without held-out components a dataset that was not planted has no controls. Raises TargetError.
+    """
+    rows = manifest.read(out).filter(pl.col("status") == "ok")
+    plant = read_plant(out)
+    rows = rows.with_columns(_hold_out(out, rows, held_out))
+    most = len(rows) if limit is None else limit
+    keepers = _list_keepers(_remove_planted(rows, plant))
+    unseen = keepers.filter("held_out").unique("component_id", keep="first", maintain_order=True)
+    controls = unseen.head(most).with_columns(prompt_kind=pl.lit("control"), multiplicity=pl.lit(0))
+    trained = keepers.filter(~pl.col("held_out")).head(most)
+    members = trained if plant is None else _list_canaries(out, plant, rows)
+    if members.is_empty():
+        raise TargetError(f"{out}: no image with a caption, so there is no prompt to attack with")
+    return pl.concat(
+        part.select(pl.col(name).cast(kind) for name, kind in TARGETS.items()) for part in (members, controls)
+    )
+
+
+def _hold_out(out: Path, rows: pl.DataFrame, share: float) -> pl.Series | pl.Expr:
+    if share == 0:
+        return pl.lit(False).alias("held_out")
+    from defense.data import hold_out, read_canary_keys  # takes seconds to import
+
+    return hold_out(rows, share, read_canary_keys(out))
+
+
+def _list_keepers(rows: pl.DataFrame) -> pl.DataFrame:
+    """Keepers of clusters with a caption, as members: duplicates first, equals in the random order of their digests."""
+    named = rows.filter("keep", pl.col("id") == pl.col("cluster_id")).with_columns(
+        prompt=pl.coalesce(pl.when(has_caption()).then("caption"), pl.col("captions").list.first()),
+    )
+    table = named.filter(pl.col("prompt").is_not_null()).with_columns(
+        target_id="row-" + pl.col("sha256").str.slice(0, 16),
+        prompt_kind=pl.lit("member"),
+        multiplicity="represents",
+        mode=pl.lit(None, pl.String),
+    )
+    return table.sort(-pl.col("multiplicity"), "sha256")
+
+
+def _list_canaries(out: Path, plant: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
+    truth = plant.group_by("canary").agg(pl.col("key", "multiplicity", "mode").first())
+    missing = set(truth["key"].drop_nulls()) - set(rows["key"])
+    if missing:
+        raise TargetError(f"{out}: {len(missing)} planted copies are not in the manifest, such as {min(missing)}")
+    originals = _read_folder(out, CANARIES).rename({"caption": "prompt"})
+    canaries = originals.join(truth.rename({"key": "copy"}), left_on="key", right_on="canary", how="inner")
+    if len(canaries) < len(truth):
+        raise TargetError(f"{out}: the source has {len(canaries)} of {len(truth)} canaries in `{CANARIES}`")
+    if canaries["prompt"].fill_null("").str.strip_chars().eq("").any():
+        raise TargetError(f"{out}: a canary without a caption cannot be attacked: plant captioned images")
+    never = pl.col("multiplicity") == 0
+    return (
+        canaries.join(rows.select("cluster_id", copy="key"), on="copy", how="left")
+        .with_columns(
+            target_id="key",
+            component_id=pl.lit(None, pl.Int64),
+            prompt_kind=pl.when(never).then(pl.lit("control")).otherwise(pl.lit("member")),
+        )
+        .sort("key")
+    )
+
+
+def load_reference(out: Path) -> pl.DataFrame:
+    """Distinct pictures, columns REFERENCE: one a component of the original data, the canaries, the spares.
+
+    There must be no duplicates in it: among copies of one picture, most measures of memorisation take a further
+    copy for nothing special.
+    """
+    plant = read_plant(out)
+    rows = manifest.read(out).filter(pl.col("status") == "ok")
+    ours = (
+        _remove_planted(rows, plant)
+        .sort(~pl.col("keep"), -pl.col("represents"), "id")
+        .unique("component_id", keep="first")
+        .sort("id")
+    )
+    parts = [ours.with_columns(kind=pl.lit("dataset"))]
+    if plant is not None:
+        src = _source(out)
+        for folder, kind in ((CANARIES, "canary"), (SPARE, "spare")):
+            if (src / folder).is_dir():
+                parts.append(_read_folder(out, folder).with_columns(kind=pl.lit(kind)))
+    missing = [part.with_columns(component_id=None) for part in parts[1:]]
+    return pl.concat(
+        part.select(pl.col(name).cast(kind) for name, kind in REFERENCE.items()) for part in (parts[0], *missing)
+    )
+
+
+def load_pixels(out: Path, rows: pl.DataFrame, resolution: int) -> np.ndarray:
+    """uint8 (N, R, R, 3) of rows with the columns LOCATION, as training sees them (`defense.data`, which needs torch).
+
+    Raises TargetError for an image that is gone or no longer the same.
+    """
+    src = _source(out)
+    pixels = np.empty((len(rows), resolution, resolution, 3), np.uint8)
+    for number, row in enumerate(rows.select(LOCATION).iter_rows(named=True)):
+        data = sources.read_image(src, row["shard"], row["offset"], row["size"], row["key"])
+        if digest(data) != row["sha256"]:
+            raise TargetError(f"{src}: {row['key']} has changed: run `unmemorize dedup` again")
+        pixels[number] = images.square(images.decode(data).pixels, resolution)
+    return pixels
+
+
+def read_plant(out: Path) -> pl.DataFrame | None:
+    """The truth about a planted dataset; None when OUT is of another."""
+    path = out / "plant.parquet"
+    return pl.read_parquet(path) if path.exists() else None
+
+
+def _remove_planted(rows: pl.DataFrame, plant: pl.DataFrame | None) -> pl.DataFrame:
+    return rows if plant is None else rows.filter(~pl.col("key").is_in(plant["key"].drop_nulls().to_list()))
+
+
+def _source(out: Path) -> Path:
+    return Path(manifest.read_run(out)["src"])
+
+
+def _read_folder(out: Path, folder: str) -> pl.DataFrame:
+    """Location and caption of the images in a folder of a planted dataset, in order."""
+    src = _source(out)
+    if not (src / folder).is_dir():
+        raise TargetError(f"{src} has no folder `{folder}`: it is not the planted dataset that {out} was made from")
+    columns = (*LOCATION, "caption")
+    found = list(_read_records(src, folder))
+    return pl.DataFrame(found, schema={name: manifest.SCHEMA[name] for name in columns}, orient="row")
+
+
+def _read_records(src: Path, folder: str) -> Iterator[tuple]:
+    for shard in sources.list_shards(src / folder):
+        for record in sources.read_shard(shard):
+            place = (f"{folder}/{shard.name}", record.offset, record.size, record.key)
+            yield (*place, digest(record.data or b""), record.caption)
