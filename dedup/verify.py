@@ -14,7 +14,7 @@ from dedup.manifest import ORIENTATIONS
 
 TILES = 8  # tiles a side: 4 × 4 pixels of a 32-pixel thumbnail
 # Measured on 2,248 OpenMoji drawings: JPEG (quality 30 and up), WebP and 0.5–1.6× resized copies stay below .013 and
-# .035, distinct drawings with a PDQ distance ≤ 31 begin at .016 and .043 (benchmarks/look_alikes.py).
+# .035, distinct drawings with a PDQ distance ≤ 31 begin at .016 and .043.
 MAX_RESIDUAL = 0.02  # RMS over the whole thumbnail, of 1
 MAX_WORST_TILE = 0.04  # RMS over the worst tile
 MIN_QUALITY = (
