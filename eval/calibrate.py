@@ -109,13 +109,15 @@ def _round(value: float) -> float:
 
 
 def freeze(calibration: Calibration, path: Path) -> None:
-    """Write calibration.json, or see that it says the same. Raises CalibrationError."""
-    text = asdict(calibration)
+    """Write calibration.json, or see that it says the same (it may know further targets). Raises CalibrationError."""
+    now = asdict(calibration)
     if not path.exists():
-        manifest.write_json(path, text)
+        manifest.write_json(path, now)
         return
     before = manifest.read_json(path)
-    if changed := [name for name in text if before.get(name) != text[name]]:
+    known = {target: before.get("delta", {}).get(target) for target in now["delta"]}
+    changed = [name for name, value in now.items() if (known if name == "delta" else before.get(name)) != value]
+    if changed:
         raise CalibrationError(
             f"{path} was made from other pictures or targets ({', '.join(changed)} differ): thresholds stay as "
             "they were set; delete the file if no score is to be kept"

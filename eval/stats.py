@@ -14,6 +14,7 @@ from scipy import optimize, special, stats
 
 EXACT = 2**16  # as many rearrangements are enumerated; more are sampled
 DRAWS = 20_000
+REACH = 10  # doublings beyond the multiplicities seen, as far as a fitted curve is believed
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ def mcnemar_exact(only_a: int, only_b: int) -> float:
 
 
 def risk_difference(only_a: int, only_b: int, n: int, level: float = 0.95) -> Effect:
-    """P(a) - P(b) over n pairs, from the discordant ones: score interval of Tango 1998 (Stat. Med. 17:891, eq. 8).
+    """P(a) - P(b) over n pairs, from the discordant ones: score interval of Tango 1998 (Stat. Med. 17:891).
 
     It keeps its coverage with few pairs and with zeros. p-value: exact McNemar.
     """
@@ -121,14 +122,14 @@ def randomisation_test(
     All sign changes are enumerated when there are at most 2^16, else sampled, with p = (1 + hits) / (1 + draws)
     (Phipson & Smyth 2010). With differences of -1, 0 and 1 the exact p-value is that of McNemar's test. The
     interval inverts the test: it holds the shifts t for which the signs of (differences - t) could be chance
-    (Hartigan 1969), which assumes symmetry about the mean.
+    (Hartigan 1969), which assumes symmetry about the mean. Differences that are all equal give no interval.
     """
     d = np.asarray(differences, dtype=float)
     if not len(d):
         return Effect(math.nan, -math.inf, math.inf, level, 0, math.nan, "no units")
     signs, exact = _draw_signs(len(d), draws, seed)
     null, shift = signs @ d / len(d), signs.mean(axis=1)
-    low, high = _invert(d.mean(), null, shift, level, exact)
+    low, high = _invert(d.mean(), null, shift, level, exact) if np.ptp(d) > 0 else (-math.inf, math.inf)
     if not exact:  # a unit without a difference has no sign to change
         signs, exact = _draw_signs(int(np.count_nonzero(d)), draws, seed)
         null = signs @ d[d != 0] / len(d)
@@ -143,7 +144,8 @@ def assignment_test(
 
     Randomisation test of Fisher: what was assigned to a unit (a row of `treated`, bool (n, S)) could have gone to
     any other. A whole row moves, so units may differ, columns may differ, and a run that is better or worse
-    at everything does no harm. The interval inverts the test for an effect that is equal for all.
+    at everything does no harm. The interval inverts the test for an effect that is equal for all; differences
+    that are all equal give none.
     """
     d, w = np.asarray(differences, dtype=float), np.asarray(treated, dtype=bool)
     n, seeds = d.shape
@@ -160,7 +162,7 @@ def assignment_test(
     null = (d @ contrast.T)[rows, order].sum(axis=1)
     shift = (w @ contrast.T)[rows, order].sum(axis=1)
     estimate = float((d * contrast).sum())
-    low, high = _invert(estimate, null, shift, level, exact)
+    low, high = _invert(estimate, null, shift, level, exact) if np.ptp(d) > 0 else (-math.inf, math.inf)
     method = f"permutation of the assignment of {n} units, {_describe(len(order), exact)}"
     return Effect(estimate, low, high, level, n, _tail(estimate, null, exact), method)
 
@@ -252,6 +254,8 @@ def dose_response(
         slope, intercept = _fit_logistic(x, y)
         if slope <= 0:
             reason = "extraction does not rise with multiplicity"
+        elif not x.min() - REACH <= -intercept / slope <= x.max() + REACH:
+            reason = "extraction rises too little with multiplicity to say where it reaches half"
     if reason is not None:
         nan = math.nan
         return DoseResponse(nan, nan, nan, nan, level, len(y), "not estimable", reason)
@@ -303,10 +307,19 @@ def _profile(centred: np.ndarray, y: np.ndarray) -> float:
 
 
 def _walk(excess: Callable[[float], float], start: float, direction: int) -> float:
-    """Where `excess` falls below 0, away from `start`; infinite when it does not within 2^20."""
+    """Where `excess` falls below 0, away from `start`; infinite when it does not soon."""
     step = 0.25
-    while step <= 20:
+    while step <= 2 * REACH:
         if excess(start + direction * step) < 0:
             return float(optimize.brentq(excess, start, start + direction * step))
         step *= 1.5
     return direction * math.inf
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number (Holm 1979), in the order given. NaN counts for none and stays NaN."""
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p, kind="stable")[: np.count_nonzero(~np.isnan(p))]
+    adjusted = np.full(len(p), math.nan)
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
+    return adjusted.tolist()

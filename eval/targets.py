@@ -52,9 +52,17 @@ class Yardstick:
     own: np.ndarray  # bool (targets, reference): shows the picture of the target, or belongs to its component
 
 
-def load_yardstick(out: Path, resolution: int, *, limit: int | None = 200, held_out: float = 0.0) -> Yardstick:
-    """Everything a generation is measured against. Parameters as in `load_targets`."""
-    targets, reference = load_targets(out, limit=limit, held_out=held_out), load_reference(out)
+def load_yardstick(
+    out: Path, resolution: int, *, limit: int | None = 200, held_out: float = 0.0, only: pl.Series | None = None
+) -> Yardstick:
+    """Everything a generation is measured against. only: target_ids; they may lie beyond `limit`.
+
+    Other parameters as in `load_targets`.
+    """
+    targets = load_targets(out, limit=limit if only is None else None, held_out=held_out)
+    if only is not None:
+        targets = targets.filter(pl.col("target_id").is_in(only.to_list()))
+    reference = load_reference(out)
     same_key = targets["key"].to_numpy()[:, None] == reference["key"].to_numpy()
     canary = targets["mode"].is_not_null().to_numpy()[:, None] & (reference["kind"] == "canary").to_numpy()
     components = targets["component_id"].fill_null(-1).to_numpy()[:, None]

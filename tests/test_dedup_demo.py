@@ -19,9 +19,7 @@ WAVES = ["1F44B", "1F44B-1F3FB", "1F44B-1F3FC", "1F44B-1F3FD", "1F44B-1F3FE", "1
 CAPTIONS = {
     "1F44B-1F3FB": "waving hand: light skin tone",
     "1F468-1F3FF-200D-1F9B0": "man: dark skin tone, red hair",
-    "1F468-1F3FE-200D-2764-FE0F-200D-1F48B-200D-1F468-1F3FD": (
-        "kiss man man: medium-dark skin tone, medium skin tone"
-    ),
+    "1F468-1F3FE-200D-2764-FE0F-200D-1F48B-200D-1F468-1F3FD": ("kiss man man: medium-dark skin tone, medium skin tone"),
     "23EE": "last track button",
     "1F468-200D-2708-FE0F": "man pilot",
     "1F1EB-1F1F7": "flag: France",

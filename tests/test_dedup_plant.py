@@ -78,9 +78,7 @@ def write_source(folder: Path, captions: list[str | None], *, twins: int = 0) ->
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_source(
-        tmp_path_factory.mktemp("plant") / "src", [f"picture {n}" for n in range(70)], twins=10
-    )
+    return write_source(tmp_path_factory.mktemp("plant") / "src", [f"picture {n}" for n in range(70)], twins=10)
 
 
 @pytest.fixture(scope="module")
@@ -361,10 +359,9 @@ def test_equal_runs_give_equal_bytes(source: Path, planted: dict, tmp_path: Path
 def test_a_webdataset_gives_the_same_plant_as_a_folder(source: Path, planted: dict, tmp_path: Path) -> None:
     """The choice depends on the pictures, not on their place, order and names."""
     records = [r for shard in sources.list_shards(source) for r in sources.read_shard(shard)]
-    samples = [
-        (f"x{n:03d}", {"png": r.data or b"", "txt": (r.caption or "").encode()})
-        for n, r in enumerate(records)
-    ][::-1]
+    samples = [(f"x{n:03d}", {"png": r.data or b"", "txt": (r.caption or "").encode()}) for n, r in enumerate(records)][
+        ::-1
+    ]
     write_shard(tmp_path / "src" / "00000.tar", samples[:40])
     write_shard(tmp_path / "src" / "00001.tar", samples[40:])
     plant(tmp_path / "src", tmp_path / "dst", **SMALL)
@@ -375,9 +372,7 @@ def test_bytes_of_usual_formats_are_planted_as_they_are(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     kinds = [("jpg", "JPEG"), ("webp", "WEBP"), ("png", "PNG"), ("bmp", "BMP")]
     originals = {name: encode(draw(rng), kind) for name, kind in kinds}
-    samples = [
-        (f"{n}", {name: data, "txt": name.encode()}) for n, (name, data) in enumerate(originals.items())
-    ]
+    samples = [(f"{n}", {name: data, "txt": name.encode()}) for n, (name, data) in enumerate(originals.items())]
     write_shard(tmp_path / "src" / "00000.tar", samples)
     plant(tmp_path / "src", tmp_path / "dst", canaries=2, multiplicities=(1,), fillers=2, min_distance=0.05)
     with tarfile.open(tmp_path / "dst" / "00000.tar") as archive:
@@ -405,9 +400,7 @@ def test_keys_of_canaries_are_unique_and_safe(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / ("y" * 200 + ".png")).write_bytes(encode(draw(rng)))
     (folder / ("y" * 200 + ".txt")).write_text("caption")
-    truth = plant(
-        tmp_path / "src", tmp_path / "dst", canaries=5, multiplicities=(0,), fillers=0, min_distance=0.02
-    )
+    truth = plant(tmp_path / "src", tmp_path / "dst", canaries=5, multiplicities=(0,), fillers=0, min_distance=0.02)
     names = truth["canary"].to_list()
     assert len(set(names)) == 5
     assert all(re.fullmatch(r"[\w-]{1,95}", name, re.ASCII) for name in names)
@@ -444,9 +437,7 @@ def test_foreign_folders_are_left_alone(source: Path, tmp_path: Path) -> None:
     assert len(plant(source, tmp_path / "empty", **SMALL)) == 2 * (1 + sum(LEVELS))
 
 
-def test_a_failure_leaves_nothing_behind(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_leaves_nothing_behind(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError("disk gone")
 

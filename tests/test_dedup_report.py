@@ -57,17 +57,13 @@ class Dataset:
         self.rows[b] |= {"class": kind, "signal": signal, "score": score, "orientation": turn}
         self.rows[b]["component_id"] = self.rows[a]["component_id"]
 
-    def drop(
-        self, row: int, kept: int, signal: str, hamming: int | None = None, residual: float = 0.0
-    ) -> None:
+    def drop(self, row: int, kept: int, signal: str, hamming: int | None = None, residual: float = 0.0) -> None:
         self.pair(kept, row, "copy", signal, hamming, residual)
         reason = signal.replace("pdq", "hash")
         self.rows[row] |= {"keep": False, "kept_id": kept, "cluster_id": kept, "reason": reason}
 
     def write(self) -> Path:
-        rows = pl.DataFrame(self.rows, infer_schema_length=None).with_columns(
-            cluster_size=pl.len().over("cluster_id")
-        )
+        rows = pl.DataFrame(self.rows, infer_schema_length=None).with_columns(cluster_size=pl.len().over("cluster_id"))
         table = manifest.conform(rows)
         stands = Counter(table["kept_id"].drop_nulls())
         kept, ok = table["keep"], table["status"] == "ok"
@@ -100,9 +96,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = encode(draw_picture(1, 48), ".jpg")
     data.drop(data.add("shop/owl.jpg", small, "Eule bei Nacht", format="JPEG"), first, "pdq", 6, 0.011)
     fox = data.add("wild/fox.png", encode(draw_picture(2), ".png"), "a fox")
-    mirrored = data.add(
-        "wild/fox-mirrored.png", encode(draw_picture(2)[:, ::-1], ".png"), None, cluster_id=fox
-    )
+    mirrored = data.add("wild/fox-mirrored.png", encode(draw_picture(2)[:, ::-1], ".png"), None, cluster_id=fox)
     data.pair(fox, mirrored, "copy", "pdq", 2, 0.001, "m0")
     evil = data.add(EVIL_KEY, encode(draw_picture(3), ".png"), EVIL)
     data.drop(data.add("shop/evil.png", encode(draw_picture(3), ".png"), EVIL), evil, "bytes")
@@ -276,9 +270,7 @@ def test_everything_has_words(page: Page, out: Path) -> None:
         assert chart.locator("title").text_content()
         assert ":" in (chart.locator("desc").text_content() or "")
     words = page.locator("#hamming-text").text_content() or ""
-    assert words.startswith(
-        "0: 0 copies, 1 look-alikes, kept apart. 2: 1 copies, 0 look-alikes, kept apart. 6: 1 "
-    )
+    assert words.startswith("0: 0 copies, 1 look-alikes, kept apart. 2: 1 copies, 0 look-alikes, kept apart. 6: 1 ")
     fields = page.locator("select, input, #groups button")
     names = "fields => fields.map(field => (field.labels?.[0] || field).textContent.trim())"
     assert all(fields.evaluate_all(names))
@@ -312,9 +304,7 @@ def make_many(folder: Path, groups: int, size: int = 2) -> Path:
     ids = pl.DataFrame({"id": pl.int_range(n, eager=True)}).with_columns(
         cluster_id=pl.col("id") - pl.col("id") % size, keep=pl.col("id") % size == 0
     )
-    name = pl.concat_str(
-        pl.lit("site"), pl.col("id") % 7, pl.lit("/image-"), pl.col("id").cast(pl.String).str.zfill(8)
-    )
+    name = pl.concat_str(pl.lit("site"), pl.col("id") % 7, pl.lit("/image-"), pl.col("id").cast(pl.String).str.zfill(8))
     rows = ids.with_columns(
         key=name + ".jpg",
         source=pl.concat_str(pl.lit("site"), pl.col("id") % 7),

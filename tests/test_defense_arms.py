@@ -37,9 +37,7 @@ def test_row_counts_and_places(keep, unreadable):
     assert raw["id"].to_list() == list(range(len(kept)))
     assert len(refill) == len(raw)
     assert refill["id"].to_list() == [i if k else None for i, k in enumerate(kept)]
-    assert refill.filter(pl.col("id").is_null())["key"].to_list() == [
-        f"s{i}" for i in range(kept.count(False))
-    ]
+    assert refill.filter(pl.col("id").is_null())["key"].to_list() == [f"s{i}" for i in range(kept.count(False))]
     assert dedup["id"].to_list() == [i for i, k in enumerate(kept) if k]
     assert all(tuple(arm.columns) == COLUMNS for arm in (raw, refill, dedup))
     assert raw.schema == refill.schema == dedup.schema

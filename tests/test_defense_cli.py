@@ -47,9 +47,7 @@ def test_train_passes_its_arguments_on(tmp_path, monkeypatch):
 
 
 def test_a_negative_seed_is_refused():
-    result = CliRunner().invoke(
-        app, ["train", "OUT", "--arm", "raw", "--config", "c", "-o", "r", "--seed", "-1"]
-    )
+    result = CliRunner().invoke(app, ["train", "OUT", "--arm", "raw", "--config", "c", "-o", "r", "--seed", "-1"])
     assert result.exit_code == 2
 
 

@@ -166,12 +166,8 @@ def test_embeddings_are_those_of_diffusers(pipeline):
 
 
 def test_captions_are_drawn_evenly_and_missing_ones_are_empty(out, pipeline):
-    rows = pl.DataFrame(
-        {"captions": [["one", "two"], [], ["three"]]}, schema={"captions": pl.List(pl.String)}
-    )
-    rows = pl.concat(
-        [readable(out).select("shard", "offset", "size", "key", "sha256").head(3), rows], how="horizontal"
-    )
+    rows = pl.DataFrame({"captions": [["one", "two"], [], ["three"]]}, schema={"captions": pl.List(pl.String)})
+    rows = pl.concat([readable(out).select("shard", "offset", "size", "key", "sha256").head(3), rows], how="horizontal")
     examples = data.build_examples(
         rows,
         source(out),
@@ -252,9 +248,7 @@ def test_order_and_noise_depend_on_seed_and_step_only():
 
 def test_exposures_add_up_and_list_what_was_left_out(out):
     rows = manifest.read(out).with_columns(held_out=pl.col("id") == 3)
-    spare = data.read_spare(source(out)).with_columns(
-        id=pl.lit(None, pl.Int64), cluster_id=pl.lit(None, pl.Int64)
-    )
+    spare = data.read_spare(source(out)).with_columns(id=pl.lit(None, pl.Int64), cluster_id=pl.lit(None, pl.Int64))
     training = pl.concat([rows.filter(pl.col("id").is_in([0, 4])), spare.head(1)], how="diagonal")
     exposures = data.count_exposures(rows, training, steps=10, batch_size=2, seed=0)
     assert exposures.columns == ["id", "cluster_id", "key", "held_out", "exposures"]

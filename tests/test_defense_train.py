@@ -125,11 +125,7 @@ def test_a_killed_process_loses_nothing(finished, out, config, tmp_path):
     process = subprocess.Popen([sys.executable, "-c", code], cwd=CONFIGS.parent)
     try:
         deadline = time.monotonic() + 120
-        while (
-            not (run / training.CHECKPOINT).exists()
-            and process.poll() is None
-            and time.monotonic() < deadline
-        ):
+        while not (run / training.CHECKPOINT).exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
     finally:
         os.kill(process.pid, signal.SIGKILL)
@@ -179,9 +175,7 @@ def test_arms_share_initial_weights_and_the_steps_of_kept_rows(finished, out, co
 def test_exposures_are_what_the_loop_trained_on(out, config, tmp_path, monkeypatch):
     seen = []
     draw = data.Examples.draw_captions
-    monkeypatch.setattr(
-        data.Examples, "draw_captions", lambda self, rows, u: seen.append(rows) or draw(self, rows, u)
-    )
+    monkeypatch.setattr(data.Examples, "draw_captions", lambda self, rows, u: seen.append(rows) or draw(self, rows, u))
     config = dataclasses.replace(config, held_out=0.99)
     train(out, "raw", config, tmp_path / "run", 3)
     exposures = pl.read_parquet(tmp_path / "run" / "exposures.parquet")
@@ -278,9 +272,7 @@ def test_a_diverging_run_keeps_its_last_good_checkpoint(out, config, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "draw_noise", spoiled)
-        with pytest.raises(
-            DivergedError, match=r"at step 8: lower learning_rate; step 5 is kept in"
-        ) as caught:
+        with pytest.raises(DivergedError, match=r"at step 8: lower learning_rate; step 5 is kept in") as caught:
             train(out, "raw", config, run, 0)
     assert "\n" not in str(caught.value)
     kept = load_file(run / training.CHECKPOINT)

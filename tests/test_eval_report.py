@@ -88,9 +88,7 @@ def make_audit(folder: Path, hits: dict[str, int], seeds: tuple[int, ...] = (0,)
         "calibration_sha256": "ab" * 32,
         "dose_response": {"raw": {"ed50": math.nan, "reason": "separated"}},
     }
-    manifest.write_json(
-        audit / "verdict.json", verdict | {"exploratory": {"thresholds": [{"delta": 0.05, "raw": 1}]}}
-    )
+    manifest.write_json(audit / "verdict.json", verdict | {"exploratory": {"thresholds": [{"delta": 0.05, "raw": 1}]}})
     manifest.write_json(audit / "calibration.json", {"resolution": 32, "delta": 0.11, "n": 400})
     return audit
 
@@ -202,9 +200,7 @@ def test_untrusted_prompts_and_paths(page: Page, tmp_path: Path) -> None:
     rows = pl.read_parquet(audit / "comparison.parquet")
     (tmp_path / "secret.png").write_bytes(draw_picture(77))
     outside = pl.when(pl.col("arm") == "raw").then(pl.lit("../secret.png")).otherwise("best_file")
-    manifest.write_parquet(
-        audit / "comparison.parquet", rows.with_columns(prompt=pl.lit(EVIL), best_file=outside)
-    )
+    manifest.write_parquet(audit / "comparison.parquet", rows.with_columns(prompt=pl.lit(EVIL), best_file=outside))
     open_report(page, audit)
     page.wait_for_timeout(50)  # what was planted would load at once
     assert page.evaluate("window.pwned") is None
@@ -245,8 +241,7 @@ def test_phone_and_words_for_pictures(page: Page, tmp_path: Path) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") == 375
     assert page.locator("img:not([alt]), img[alt='']").count() == 0
     assert page.locator(".scale").get_attribute("aria-label") == (
-        "66.7 points fewer; interval: "
-        + page.locator(".card .small").inner_text().split(": ")[1].split(";")[0]
+        "66.7 points fewer; interval: " + page.locator(".card .small").inner_text().split(": ")[1].split(";")[0]
     )
 
 

@@ -1,0 +1,201 @@
+"""eval.generate with a tiny untrained pipeline: same noise for every model, nothing lost, nothing done twice."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from test_defense_data import build_small
+from test_eval_targets import make_planted, make_run
+
+from defense import sampling
+from defense.model import load_pipeline
+from eval import generate as generate_
+from eval.generate import GENERATIONS, GenerateError, derive_seed, generate
+from eval.targets import load_targets
+
+SMALL = {"n": 3, "steps": 2, "guidance_scale": 2.0}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return make_planted(tmp_path_factory.mktemp("generate"))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two untrained models that differ."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed in (0, 1):
+        build_small(folder, seed=seed).save_pretrained(folder / f"model-{seed}")
+    return [folder / f"model-{seed}" for seed in (0, 1)]
+
+
+@pytest.fixture
+def run(out, models, tmp_path):
+    return new_run(tmp_path, out, models[0])
+
+
+def new_run(folder: Path, out: Path, model: Path, arm: str = "raw") -> Path:
+    run = make_run(folder, out, arm)
+    shutil.copytree(model, run / "model")
+    return run
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {p.relative_to(run).as_posix(): p.read_bytes() for p in (run / "generations").rglob("*.png")}
+
+
+def test_every_target_gets_its_images(out, run):
+    table = generate(run, **SMALL)
+    assert table.equals(pl.read_parquet(run / "generations.parquet"))
+    assert dict(table.schema) == GENERATIONS
+    targets = load_targets(out)
+    assert table["prompt_id"].unique(maintain_order=True).to_list() == targets["target_id"].to_list()
+    assert len(table) == 3 * len(targets)
+    assert set(table["status"]) == {"ok"}
+    assert set(table["guard"]) == {"none"}
+    joined = table.join(targets, left_on="prompt_id", right_on="target_id", nulls_equal=True)
+    for name in ("prompt", "prompt_kind", "cluster_id"):
+        assert joined[name].equals(joined[f"{name}_right"], null_equal=True)
+    (digest,) = table["digest"].unique()
+    assert len(contents(run)) == len(table)
+    for file in table["file"]:
+        assert file.startswith(f"generations/{digest}/")
+        assert Image.open(run / file).size == (32, 32)
+
+
+def test_images_are_those_of_the_sampler(run):
+    table = generate(run, **SMALL)
+    row = table.row(4, named=True)
+    pipeline = load_pipeline(run / "model")
+    (pixels,) = sampling.sample(pipeline, [row["prompt"]], [row["seed"]], steps=2, guidance_scale=2.0, batch_size=1)
+    ours = np.asarray(Image.open(run / row["file"])).astype(int)
+    assert np.abs(ours - pixels).max() <= 1  # rounding differs with the batch
+
+
+def test_models_share_their_noise(out, models, run, tmp_path):
+    other = new_run(tmp_path, out, models[1], "refill")
+    a, b = generate(run, **SMALL), generate(other, **SMALL)
+    shared = ["prompt_id", "prompt", "seed"]
+    assert a.select(shared).equals(b.select(shared))
+    assert a["seed"].n_unique() == len(a)
+    assert set(a["digest"]) != set(b["digest"])
+    assert contents(run).keys() != contents(other).keys()
+
+
+@given(st.text(), st.text(), st.integers(0, 999), st.integers(0, 999))
+def test_seeds_fit_and_differ(a, b, i, j):
+    assert 0 <= derive_seed(a, i) < 2**63
+    assert (derive_seed(a, i) == derive_seed(b, j)) == ((a, i) == (b, j))
+
+
+def test_seeds_never_change():
+    """Images of different versions of the program can only be compared if these stay as they are."""
+    assert derive_seed("canary-7", 3) == 3483714661256702787
+
+
+def test_an_interrupted_run_goes_on(run, monkeypatch, out, models, tmp_path):
+    whole = new_run(tmp_path / "whole", out, models[0])
+    generate(whole, **SMALL)
+    sample, prompts = generate_._sample, []
+
+    def stop_at_third(pipeline, prompt, *rest):
+        prompts.append(prompt)
+        if len(prompts) == 3:
+            raise KeyboardInterrupt
+        return sample(pipeline, prompt, *rest)
+
+    monkeypatch.setattr(generate_, "_sample", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        generate(run, **SMALL)
+    assert not (run / "generations.parquet").exists()
+    done = contents(run)
+    assert len(done) == 6
+    generate(run, **SMALL)
+    assert prompts[3:] == [prompts[2], *load_targets(out)["prompt"][3:]]
+    assert done.items() <= contents(run).items()
+    assert contents(run) == contents(whole)
+    assert (run / "generations.parquet").read_bytes() == (whole / "generations.parquet").read_bytes()
+    generate(run, **SMALL)
+    assert len(prompts) == 3 + 1 + 5  # nothing more
+
+
+def test_other_settings_and_other_weights_get_another_folder(run, models):
+    digests = [generate(run, **SMALL)["digest"][0]]
+    for changed in ({"steps": 1}, {"guidance_scale": 1.0}, {"n": 2}):
+        digests.append(generate(run, **SMALL | changed)["digest"][0])
+    shutil.rmtree(run / "model")
+    shutil.copytree(models[1], run / "model")
+    digests.append(generate(run, **SMALL)["digest"][0])
+    assert len(set(digests)) == len(digests)
+
+
+def test_images_without_finite_numbers_are_counted(run, monkeypatch):
+    sample = sampling.sample
+
+    def spoil(*arguments, on_step, **options):
+        def watch(step):
+            latents = step.latents.clone()
+            latents[1, 0, 0, 0] = torch.nan if step.step == 0 else 1.0  # seen once is enough
+            on_step(sampling.DenoisingStep(step.step, step.timestep, step.first, latents, step.conditional, None))
+
+        return sample(*arguments, on_step=watch, **options)
+
+    monkeypatch.setattr(sampling, "sample", spoil)
+    table = generate(run, **SMALL)
+    assert table["status"].to_list() == ["ok", "nan", "ok"] * 8
+    assert table.filter(status="nan")["file"].null_count() == 8
+    assert len(contents(run)) == 16
+
+
+def test_other_prompts_for_the_same_targets(run, out, tmp_path):
+    targets = load_targets(out)
+    path = tmp_path / "prompts.csv"
+    given = {"target_id": targets["target_id"][2:4], "prompt": ["", 'a "new", one']}
+    pl.DataFrame(given).write_csv(path)
+    usual = generate(run, **SMALL)
+    table = generate(run, prompts=path, **SMALL)
+    assert table["prompt"].to_list() == [""] * 3 + ['a "new", one'] * 3
+    assert table["prompt_id"].unique(maintain_order=True).to_list() == targets["target_id"][2:4].to_list()
+    assert table["seed"].equals(usual.filter(pl.col("prompt_id").is_in(targets["target_id"][2:4].to_list()))["seed"])
+    assert not set(table["file"]) & set(usual["file"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompt\na\n", "needs the columns target_id and prompt"),
+        ("target_id,prompt\nnobody,a\n", "are no targets, such as 'nobody'"),
+        ("target_id,prompt\nx,a\nx,b\n", "more than one prompt"),
+    ],
+)
+def test_prompts_that_fit_nothing_are_refused(run, tmp_path, text, message):
+    path = tmp_path / "prompts.csv"
+    path.write_text(text)
+    with pytest.raises(GenerateError, match=message):
+        generate(run, prompts=path, **SMALL)
+
+
+def test_what_cannot_be_sampled_is_refused(out, run, tmp_path):
+    with pytest.raises(GenerateError, match="no training run"):
+        generate(tmp_path, **SMALL)
+    with pytest.raises(GenerateError, match="at least 1"):
+        generate(run, n=0)
+    with pytest.raises(GenerateError, match="at least 1"):
+        generate(run, steps=0)
+    shutil.rmtree(run / "model")
+    with pytest.raises(ValueError, match="no pipeline"):
+        generate(run, **SMALL)
+
+
+@given(st.text(), st.text())
+def test_names_of_files_hold_no_untrusted_text(target_id, prompt):
+    assert re.fullmatch("[0-9a-f]{16}", generate_._name(target_id, prompt))
+    assert generate_._name(target_id, prompt) != generate_._name(target_id + prompt, "x")
