@@ -25,7 +25,11 @@ LIBRARIES = ("unmemorize", "pillow", "imagehash", "numpy", "polars", "opencv-pyt
 
 
 class OutputError(OSError):
-    """OUT cannot be used: locked, inside SRC, or made from other options."""
+    """OUT cannot be used now: another run is in it."""
+
+
+class OptionsError(ValueError):
+    """OUT must not be used: it lies inside SRC, or holds a run with other options."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +47,11 @@ class Options:
 def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0, report: bool = True) -> dict:
     """Deduplicate SRC into OUT and return the content of `run.json`.
 
-    jobs: worker processes, 0 = one per processor. Raises SourceError, OutputError or OSError.
+    jobs: worker processes, 0 = one per processor. Raises SourceError, OutputError, OptionsError or OSError.
     """
     src, out = src.resolve(), out.resolve()
     if out == src or src in out.parents:
-        raise OutputError(f"{out} lies inside the source {src}: choose another folder with -o")
+        raise OptionsError(f"{out} lies inside the source {src}: choose another folder with -o")
     shards = sources.list_shards(src)
     out.mkdir(parents=True, exist_ok=True)
     with lock(out):
@@ -100,10 +104,10 @@ def _prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options
         before = manifest.read_json(path)
         differing = [k for k in chosen if before["options"].get(k) != chosen[k]]
         if before["src"] != str(src):
-            raise OutputError(f"{out} holds a run over {before['src']}: choose another -o or delete it")
+            raise OptionsError(f"{out} holds a run over {before['src']}: choose another -o or delete it")
         if differing:
             what = ", ".join(f"{k} was {before['options'].get(k)!r}" for k in differing)
-            raise OutputError(f"{out} was made with other options ({what}): choose another -o or delete it")
+            raise OptionsError(f"{out} was made with other options ({what}): choose another -o or delete it")
     work = out / ".work" / "signatures"
     manifest.write_json(path, recorded)
     stamps_path = out / ".work" / "shards.json"

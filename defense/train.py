@@ -78,17 +78,17 @@ class TrainConfig:
     layers_per_block: int = 1
     text_width: int = 64
     text_layers: int = 2
-    caption_tokens: int = 32  # longer captions are cut
+    caption_tokens: int = 16  # longer captions are cut
     prediction_type: str = "v_prediction"  # or "epsilon"
     # optimisation
-    steps: int = 8000
-    batch_size: int = 32
+    steps: int = 1600
+    batch_size: int = 16
     learning_rate: float = 1e-3  # constant after the warmup
     warmup_steps: int = 100
     weight_decay: float = 0.01
     beta2: float = 0.99  # of AdamW
     max_grad_norm: float = 1.0
-    ema_decay: float = 0.995  # of the averaged weights, which are the ones saved
+    ema_decay: float = 0.99  # of the averaged weights, which are the ones saved
     # machine
     threads: int = 1  # 0 = one per processor; other numbers may round differently
     checkpoint_every: int = 500  # steps

@@ -3,8 +3,11 @@
 Exit codes: 0 done, 1 more unreadable inputs than `--max-bad`, 2 wrong use, 3 cannot go on, 130 interrupted.
 """
 
+import json
 import os
 import sys
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -18,6 +21,85 @@ app = typer.Typer(
 )
 for part in (dedup.cli.app, defense.cli.app):  # flat verbs: `unmemorize dedup`, `unmemorize train`
     app.registered_commands.extend(part.registered_commands)
+
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder made by `unmemorize train`.")]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.command()
+def generate(
+    run: RunArgument,
+    n: Annotated[int, typer.Option("-n", help="Images a prompt.")] = 16,
+    guidance_scale: Annotated[float, typer.Option(help="1 = no classifier-free guidance.")] = 1.0,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 15,
+    prompts: Annotated[Path | None, typer.Option(help="CSV with target_id and prompt, to attack with.")] = None,
+    limit: Annotated[int, typer.Option(help="Targets of a dataset without canaries.")] = 200,
+) -> None:
+    """Draw images for the prompts of all targets, with the same noise in every model."""
+    with defense.cli.require_extra("train"):
+        from eval.generate import generate as generate_images
+
+        table = generate_images(run, n=n, guidance_scale=guidance_scale, steps=steps, prompts=prompts, limit=limit)
+    typer.echo(f"{len(table)} images for {table['prompt_id'].n_unique()} prompts: {run / 'generations.parquet'}")
+
+
+@app.command()
+def attack(
+    run: RunArgument,
+    attack: Annotated[str, typer.Option(metavar="clique", help="Which attack.")] = "clique",
+) -> None:
+    """Score the generated images: which training images came back."""
+    with defense.cli.require_extra("eval"):
+        from eval.extraction import attack as run_attack
+
+        scores = run_attack(run, attack)
+    member, control = (scores.filter(prompt_kind=kind) for kind in ("member", "control"))
+    typer.echo(
+        f"{member['extracted'].sum()} of {len(member)} planted or repeated images extracted, "
+        f"{control['extracted'].sum()} of {len(control)} controls: {run / f'scores-{attack}.parquet'}"
+    )
+
+
+@app.command()
+def compare(
+    run_a: Annotated[Path, typer.Argument(help="Attacked run of one arm.")],
+    run_b: Annotated[Path, typer.Argument(help="Attacked run of the other arm, same seed.")],
+    out: OutOption,
+    json_: JsonOption = False,
+) -> None:
+    """Say what deduplication bought: verdict.json and an HTML page."""
+    from eval.compare import compare as compare_runs
+    from eval.report import write_report
+
+    verdict = compare_runs(run_a, run_b, out)
+    page = write_report(out)
+    typer.echo(json.dumps(verdict) if json_ else _summary(verdict, page))
+
+
+@app.command()
+def demo(
+    out: OutOption = Path("demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="One training seed instead of two.")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Everything on 631 real drawings: plant, deduplicate, train on both, attack both, compare."""
+    with defense.cli.require_extra("demo"):
+        from eval.audit import demo as run_demo
+
+        verdict = run_demo(out, seeds=1 if quick else 2)
+    page = out / "audit" / "report" / "index.html"
+    typer.echo(json.dumps(verdict) if json_ else _summary(verdict, page))
+
+
+def _summary(verdict: dict, page: Path) -> str:
+    primary = verdict["primary"]
+    low, high = primary["interval"]
+    return (
+        f"{primary['contrast']}: {primary['estimate']:+.1%} of {primary['n_clusters']} images extracted "
+        f"({primary['level']:.0%} interval {low:+.1%} … {high:+.1%}; {verdict['label']}).\nReport: {page}"
+    )
 
 
 def main() -> None:

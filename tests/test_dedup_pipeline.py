@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dedup import manifest, sources
-from dedup.pipeline import Options, OutputError, deduplicate
+from dedup.pipeline import Options, OptionsError, deduplicate
 
 
 def picture(seed: int, size: int = 160) -> Image.Image:
@@ -128,10 +128,10 @@ def test_a_truncated_shard_keeps_what_came_before(tmp_path: Path, files: dict[st
 
 
 def test_refusals(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="inside the source"):
+    with pytest.raises(OptionsError, match="inside the source"):
         deduplicate(folder, folder / "out", Options(), report=False)
     deduplicate(folder, tmp_path / "out", Options(), report=False)
-    with pytest.raises(OutputError, match="flips was 'keep'"):
+    with pytest.raises(OptionsError, match="flips was 'keep'"):
         deduplicate(folder, tmp_path / "out", Options(flips="drop"), report=False)
     (tmp_path / "nothing").mkdir()
     with pytest.raises(sources.SourceError, match="no images"):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-class SourceError(ValueError):
+class SourceError(OSError):
     """SRC cannot be read at all: what, where, how to mend, in one line."""
 
 

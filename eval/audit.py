@@ -1,0 +1,74 @@
+"""The whole before/after job in order: draw, plant, deduplicate, train both arms, attack both, compare, report.
+
+Every step is the library function of its own verb and resumes by itself, so the same command goes on after a kill.
+In: nothing but the packages of the extra `demo`. Out: DIR/audit with verdict.json and report/index.html.
+
+    unmemorize demo --quick -o DIR
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dedup import engine, manifest
+from dedup.pipeline import Options, deduplicate
+from dedup.plant import plant
+from dedup.sources.demo import render_demo
+from eval.compare import compare
+from eval.extraction import attack
+from eval.generate import generate
+from eval.report import write_report
+
+ARMS = ("raw", "refill")
+SAMPLES = 16  # images a prompt
+DENOISING_STEPS = 15
+GUIDANCE_SCALE = 1.0
+
+
+def demo(
+    directory: Path, *, seeds: int = 1, canaries: int = 24, fillers: int = 250, steps: int = 1600
+) -> dict[str, Any]:
+    """Run the job on the OpenMoji drawings; returns verdict.json.
+
+    seeds: training seeds, each with its own assignment of the canaries to multiplicities. steps: training steps.
+    """
+    seconds: dict[str, float] = {}
+    with _stage(seconds, "draw"):
+        render_demo(directory / "drawings")
+    runs: dict[str, list[Path]] = {arm: [] for arm in ARMS}
+    for seed in range(seeds):
+        planted, out = directory / f"planted-{seed}", directory / f"dedup-{seed}"
+        with _stage(seconds, "plant"):
+            plant(directory / "drawings", planted, canaries=canaries, fillers=fillers, seed=seed)
+        with _stage(seconds, "dedup"):
+            deduplicate(planted, out, Options())
+        tasks = [(out, arm, steps, directory / f"{arm}-{seed}", seed) for arm in ARMS]
+        with _stage(seconds, "train, generate and attack"):  # the two arms side by side, one core each
+            for (*_, run, _), arm in zip(tasks, engine.run(_train_and_attack, tasks, jobs=2), strict=True):
+                runs[arm].append(run)
+    with _stage(seconds, "compare and report"):
+        verdict = compare(runs["raw"], runs["refill"], directory / "audit")
+        write_report(directory / "audit")
+    manifest.write_json(directory / "timings.json", {name: round(value, 1) for name, value in seconds.items()})
+    return verdict
+
+
+def _train_and_attack(out: Path, arm: str, steps: int, run: Path, seed: int) -> str:
+    from defense.train import TrainConfig, train
+
+    train(out, arm, TrainConfig(steps=steps), run, seed)
+    generate(run, n=SAMPLES, guidance_scale=GUIDANCE_SCALE, steps=DENOISING_STEPS)
+    attack(run)
+    return arm
+
+
+@contextmanager
+def _stage(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Say what begins, on stderr, and add up how long it takes."""
+    print(f"── {name}", file=sys.stderr)
+    start = time.perf_counter()
+    yield
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start

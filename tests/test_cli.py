@@ -1,0 +1,82 @@
+"""The program as its users meet it: exit codes, one-line errors, and the whole line from source to report."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+def unmemorize(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from eval.cli import main; main()", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+
+
+def draw_pictures(folder: Path, n: int) -> None:
+    """Blocks of flat colour, far apart from each other even at 32 pixels, with captions."""
+    folder.mkdir()
+    for number in range(n):
+        grid = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(grid).resize((64, 64), Image.Resampling.NEAREST).save(folder / f"{number:03d}.png")
+        (folder / f"{number:03d}.txt").write_text(f"pattern number {number}")
+
+
+def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
+    shown = unmemorize("--help")
+    assert shown.returncode == 0
+    for verb in ("dedup", "plant", "train", "generate", "attack", "compare", "demo"):
+        assert verb in shown.stdout
+    heavy = "import sys, eval.cli; print({'torch', 'polars', 'cv2', 'numba', 'diffusers'} & set(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert loaded.stdout.strip() == "set()"
+
+
+def test_exit_codes_and_one_line_errors(tmp_path: Path) -> None:
+    assert unmemorize("dedup").returncode == 2
+    missing = unmemorize("dedup", tmp_path / "nowhere", "-o", tmp_path / "out")
+    assert missing.returncode == 3
+    assert missing.stderr.count("\n") == 1
+    assert "nowhere" in missing.stderr
+    draw_pictures(tmp_path / "src", 3)
+    (tmp_path / "src" / "bad.png").write_bytes(b"no image")
+    bad = unmemorize("dedup", tmp_path / "src", "-o", tmp_path / "out", "--no-report", "--json")
+    assert bad.returncode == 1
+    assert json.loads(bad.stdout)["unreadable"] == 1
+    tolerated = unmemorize("dedup", tmp_path / "src", "-o", tmp_path / "out", "--no-report", "--max-bad", "0.5")
+    assert tolerated.returncode == 0
+    other = unmemorize("dedup", tmp_path / "src", "-o", tmp_path / "out", "--no-report", "--flips", "drop")
+    assert other.returncode == 2
+    assert "flips was 'keep'" in other.stderr
+
+
+@pytest.mark.slow
+def test_the_whole_line(tmp_path: Path) -> None:
+    draw_pictures(tmp_path / "src", 70)
+    planted, out, audit = tmp_path / "planted", tmp_path / "out", tmp_path / "audit"
+    steps: list[list[object]] = [
+        ["plant", tmp_path / "src", "-o", planted, "--canaries", 8, "--fillers", 16, "--min-distance", 0.1],
+        ["dedup", planted, "-o", out],
+    ]
+    for arm in ("raw", "refill"):
+        run = tmp_path / arm
+        steps.append(["train", out, "--arm", arm, "--config", ROOT / "configs/smoke.toml", "-o", run])
+        steps.append(["generate", run, "-n", 4, "--steps", 4])
+        steps.append(["attack", run])
+    steps.append(["compare", tmp_path / "raw", tmp_path / "refill", "-o", audit])
+    for step in steps:
+        done = unmemorize(*step)
+        assert done.returncode == 0, f"{step}: {done.stderr[-2000:]}"
+    verdict = json.loads((audit / "verdict.json").read_text())
+    assert verdict["arms"] == ["raw", "refill"]
+    rows = pl.read_parquet(audit / "comparison.parquet")
+    assert sorted(set(rows["multiplicity"])) == [0, 1, 2, 4, 8, 16, 32, 64]
+    assert len(rows) == 16
+    assert (audit / "report" / "index.html").stat().st_size > 10_000
