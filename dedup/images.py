@@ -160,9 +160,15 @@ def shrink(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def square(pixels: np.ndarray, size: int) -> np.ndarray:
-    """uint8 (H, W, 3) → uint8 (size, size, 3): padded to a square with white, centred, then `shrink`."""
+    """uint8 (H, W, 3) → uint8 (size, size, 3): centred in a white square, area average when shrinking."""
     height, width = pixels.shape[:2]
     side = max(height, width)
+    if side > 8 * size:  # bounds the canvas: a strip of 50,000 × 1 pixels would ask for gigabytes
+        scale = 8 * size / side
+        shape = (max(1, round(width * scale)), max(1, round(height * scale)))
+        pixels = cv2.resize(np.ascontiguousarray(pixels), shape, interpolation=cv2.INTER_AREA)
+        height, width = pixels.shape[:2]
+        side = max(height, width)
     if height == width:
         return shrink(pixels, size)
     canvas = np.full((side, side, 3), 255, dtype=np.uint8)

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -143,6 +144,8 @@ def plant(
         _write_shards(folder / "canaries", _original_samples(src, originals), canaries)
         _write_shards(folder / "spare", _original_samples(src, spares), spare)
         write_parquet(folder / "plant.parquet", truth)
+        if (src / "demo.json").exists():  # who drew the pictures, and their licence
+            shutil.copyfile(src / "demo.json", folder / "demo.json")
         write_json(folder / "plant.json", {"options": options, "counts": counts | {"rows": total}})
         folder.replace(dst)  # all at once: nobody ever sees half a dataset
     return truth

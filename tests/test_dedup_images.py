@@ -1,0 +1,98 @@
+"""Odd files become upright 8-bit RGB on white, or an error with a status; limits hold before any pixel."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dedup import images
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def gradient() -> np.ndarray:
+    """uint8 (40, 60, 3): red grows to the right, green downwards."""
+    red, green = np.meshgrid(np.linspace(0, 255, 60), np.linspace(0, 255, 40))
+    return np.stack([red, green, np.full_like(red, 90)], axis=2).astype(np.uint8)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_undone(gradient: np.ndarray, orientation: int) -> None:
+    undo = images.EXIF_TRANSPOSE.get(orientation)
+    inverse = {
+        Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270,
+        Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90,
+    }
+    stored = Image.fromarray(gradient)
+    if undo is not None:
+        stored = stored.transpose(inverse.get(undo, undo))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    decoded = images.decode(encode(stored, "PNG", exif=exif))
+    assert np.array_equal(decoded.pixels, gradient)
+    assert (decoded.width, decoded.height) == (60, 40)
+
+
+def test_transparent_pixels_are_white(gradient: np.ndarray) -> None:
+    alpha = np.zeros((40, 60), np.uint8)
+    alpha[:20] = 255
+    pixels = images.decode(encode(Image.fromarray(np.dstack([gradient, alpha])), "PNG")).pixels
+    assert np.array_equal(pixels[:20], gradient[:20])
+    assert (pixels[20:] == 255).all()
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
+    values = np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    pixels = images.decode(encode(Image.fromarray(values.astype(np.uint16)), "PNG")).pixels
+    assert np.abs(pixels[..., 0] - values / 257).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1", "LA"])
+def test_every_mode_becomes_rgb(gradient: np.ndarray, mode: str) -> None:
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    pixels = images.decode(encode(Image.fromarray(gradient).convert(mode), kind)).pixels
+    assert pixels.shape == (40, 60, 3)
+    assert pixels.dtype == np.uint8
+
+
+def test_an_animation_is_more_than_its_first_frame(gradient: np.ndarray) -> None:
+    frames = [Image.fromarray(gradient), Image.fromarray(255 - gradient), Image.fromarray(gradient[::-1])]
+    data = encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    assert images.decode(data).pixels.shape == (40, 60, 3)
+    assert images.decode(data, montage=True).pixels.shape == (120, 60, 3)
+    with pytest.raises(images.ImageError, match="3 frames, limit 2"):
+        images.decode(data, max_frames=2)
+
+
+def test_a_bomb_is_refused_by_its_header() -> None:
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    with pytest.raises(images.ImageError) as caught:
+        images.decode(data)
+    assert caught.value.status == "too-large"
+
+
+@pytest.mark.parametrize("data", [b"", b"<html></html>", b"%!PS-Adobe-3.0 EPSF-3.0", b"\xff\xd8\xff\xe0"])
+def test_what_is_no_image_is_unreadable(data: bytes) -> None:
+    with pytest.raises(images.ImageError) as caught:
+        images.decode(data)
+    assert caught.value.status == "unreadable"
+
+
+def test_square_pads_with_white_and_never_asks_for_much() -> None:
+    strip = np.zeros((50_000, 1, 3), np.uint8)
+    assert images.square(strip, 32).shape == (32, 32, 3)
+    wide = images.square(np.zeros((20, 40, 3), np.uint8), 32)
+    assert (wide[:7] == 255).all()
+    assert (wide[9:23] == 0).all()
