@@ -17,16 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from dedup import images, sources
-from dedup.plant import (
-    EDITS,
-    SPARE_DISTANCE,
-    TRUTH,
-    PlantError,
-    assign_levels,
-    measure_distances,
-    plant,
-    select_images,
-)
+from dedup.canaries import SPARE_DISTANCE, PlantError, measure_distances, select_images
+from dedup.plant import EDITS, TRUTH, assign_levels, plant
 from dedup.sources.demo import write_shard
 
 LEVELS = (0, 1, 2, 6)
