@@ -39,7 +39,11 @@ def dedup(
 
     level = "hash" if level == "auto" else level
     options = Options(level, hash_decode, max_pixels, max_frames, flips, rotations)
-    run = deduplicate(src, out, options, jobs=jobs, report=report)
+    run = deduplicate(src, out, options, jobs=jobs)
+    if report:
+        from dedup.report import write_report
+
+        write_report(out, jobs=jobs)
     counts = run["counts"]
     typer.echo(json.dumps(counts) if json_ else _summary(counts, out, report, level))
     if counts["unreadable"] > max_bad * counts["rows"]:

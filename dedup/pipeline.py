@@ -44,7 +44,7 @@ class Options:
     rotations: str = "keep"
 
 
-def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0, report: bool = True) -> dict:
+def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dict:
     """Deduplicate SRC into OUT and return the content of `run.json`.
 
     jobs: worker processes, 0 = one per processor. Raises SourceError, OutputError, OptionsError or OSError.
@@ -68,11 +68,6 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0, report
             table = decide(rows, pairs, options)
         with _timed(seconds, "write"):
             run = write_outputs(out, src, shards, table, pairs, options)
-        if report:
-            from dedup.report import write_report
-
-            with _timed(seconds, "report"):
-                write_report(out)
         manifest.write_json(out / "timings.json", {k: round(v, 3) for k, v in seconds.items()})
     return run
 

@@ -16,6 +16,7 @@ from typing import Any
 from dedup import engine, manifest
 from dedup.pipeline import Options, deduplicate
 from dedup.plant import plant
+from dedup.report import write_report as write_dedup_report
 from dedup.sources.demo import render_demo
 from eval.compare import compare
 from eval.extraction import attack
@@ -45,6 +46,7 @@ def demo(
             plant(directory / "drawings", planted, canaries=canaries, fillers=fillers, seed=seed)
         with _stage(seconds, "dedup"):
             deduplicate(planted, out, Options())
+            write_dedup_report(out)
         tasks = [(out, arm, steps, directory / f"{arm}-{seed}", seed) for arm in ARMS]
         with _stage(seconds, "train, generate and attack"):  # the two arms side by side, one core each
             for (*_, run, _), arm in zip(tasks, engine.run(_train_and_attack, tasks, jobs=2), strict=True):

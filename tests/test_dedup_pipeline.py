@@ -66,7 +66,7 @@ def by_key(out: Path) -> dict[str, dict]:
 
 
 def test_copies_go_and_others_stay(folder: Path, tmp_path: Path) -> None:
-    run = deduplicate(folder, tmp_path / "out", Options(), report=False)
+    run = deduplicate(folder, tmp_path / "out", Options())
     rows = by_key(tmp_path / "out")
     kept = {key for key, row in rows.items() if row["keep"]}
     assert len(kept & {"a.png", "b.png", "c.jpg", "d.webp"}) == 1
@@ -80,18 +80,18 @@ def test_copies_go_and_others_stay(folder: Path, tmp_path: Path) -> None:
 
 
 def test_flips_can_be_dropped(folder: Path, tmp_path: Path) -> None:
-    deduplicate(folder, tmp_path / "out", Options(flips="drop"), report=False)
+    deduplicate(folder, tmp_path / "out", Options(flips="drop"))
     assert by_key(tmp_path / "out")["e.png"]["kept_id"] is not None
 
 
 def test_the_same_bytes_whatever_the_workers_and_on_resume(folder: Path, tmp_path: Path) -> None:
     outs = [tmp_path / "one", tmp_path / "two"]
-    deduplicate(folder, outs[0], Options(), jobs=1, report=False)
-    deduplicate(folder, outs[1], Options(), jobs=2, report=False)
+    deduplicate(folder, outs[0], Options(), jobs=1)
+    deduplicate(folder, outs[1], Options(), jobs=2)
     names = ["manifest/00000.parquet", "pairs.parquet", "kept.txt", "dropped.csv", "deduplicated.jsonl", "run.json"]
     first = [(outs[0] / name).read_bytes() for name in names]
     assert first == [(outs[1] / name).read_bytes() for name in names]
-    deduplicate(folder, outs[0], Options(), jobs=1, report=False)
+    deduplicate(folder, outs[0], Options(), jobs=1)
     assert first == [(outs[0] / name).read_bytes() for name in names]
 
 
@@ -103,7 +103,7 @@ def test_shards_are_read_in_place(tmp_path: Path, files: dict[str, bytes]) -> No
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
-    run = deduplicate(src, tmp_path / "out", Options(), report=False)
+    run = deduplicate(src, tmp_path / "out", Options())
     table = manifest.read(tmp_path / "out")
     assert run["counts"]["dropped"] == 1
     for row in table.iter_rows(named=True):
@@ -123,19 +123,19 @@ def test_a_truncated_shard_keeps_what_came_before(tmp_path: Path, files: dict[st
             archive.addfile(info, io.BytesIO(files[name]))
     end = 512 + -(-len(files["a.png"]) // 512) * 512 + 512 + 100  # header, data, header, a piece of the data
     (src / "00000.tar").write_bytes(buffer.getvalue()[:end])
-    deduplicate(src, tmp_path / "out", Options(), report=False)
+    deduplicate(src, tmp_path / "out", Options())
     assert [row["status"] for row in by_key(tmp_path / "out").values()] == ["ok", "missing"]
 
 
 def test_refusals(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionsError, match="inside the source"):
-        deduplicate(folder, folder / "out", Options(), report=False)
-    deduplicate(folder, tmp_path / "out", Options(), report=False)
+        deduplicate(folder, folder / "out", Options())
+    deduplicate(folder, tmp_path / "out", Options())
     with pytest.raises(OptionsError, match="flips was 'keep'"):
-        deduplicate(folder, tmp_path / "out", Options(flips="drop"), report=False)
+        deduplicate(folder, tmp_path / "out", Options(flips="drop"))
     (tmp_path / "nothing").mkdir()
     with pytest.raises(sources.SourceError, match="no images"):
-        deduplicate(tmp_path / "nothing", tmp_path / "other", Options(), report=False)
+        deduplicate(tmp_path / "nothing", tmp_path / "other", Options())
 
 
 def test_names_survive_whatever_their_bytes() -> None:

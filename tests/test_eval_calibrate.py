@@ -180,7 +180,7 @@ def test_a_missed_copy_does_not_shrink_delta(planted, tmp_path):
     """With detection of equal bytes only, edited copies stay in the manifest as pictures of their own."""
     src = manifest.read_run(planted)["src"]
     blunt = tmp_path / "blunt"
-    deduplicate(type(planted)(src), blunt, Options(level="exact"), jobs=1, report=False)
+    deduplicate(type(planted)(src), blunt, Options(level="exact"), jobs=1)
     assert manifest.read(blunt)["keep"].sum() > manifest.read(planted)["keep"].sum()
     assert calibrate(load_yardstick(blunt, RESOLUTION)) == calibrate(load_yardstick(planted, RESOLUTION))
 

@@ -48,7 +48,7 @@ def make_planted(
         (src / f"{number:03d}.txt").write_text(f"picture number {number}")
     options = {"multiplicities": levels, "fillers": fillers, "edited": edited, "seed": seed, "min_distance": 0.1}
     plant(src, dst, canaries=canaries, spare=spare, **options)
-    deduplicate(dst, out, Options(), jobs=1, report=False)
+    deduplicate(dst, out, Options(), jobs=1)
     return out
 
 
@@ -60,7 +60,7 @@ def make_plain(folder: Path, counts: list[int], captions: list[str | None] | Non
             write_png(src / f"{number:03d}-{copy}.png", paint(number))
             if (caption := f"picture {number}" if captions is None else captions[number]) is not None:
                 (src / f"{number:03d}-{copy}.txt").write_text(caption)
-    deduplicate(src, out, Options(), jobs=1, report=False)
+    deduplicate(src, out, Options(), jobs=1)
     return out
 
 
@@ -205,7 +205,7 @@ def test_single_images_are_a_sample_that_does_not_depend_on_their_order(tmp_path
     for number in range(30):  # the same pictures, the other way round
         for suffix in ("png", "txt"):
             (src / f"{number:03d}-0.{suffix}").rename(src / f"x{99 - number}.{suffix}")
-    deduplicate(src, tmp_path / "again", Options(), jobs=1, report=False)
+    deduplicate(src, tmp_path / "again", Options(), jobs=1)
     again = load_targets(tmp_path / "again", limit=8)
     assert again["target_id"].to_list() == targets["target_id"].to_list()
 
