@@ -73,6 +73,7 @@ def plant(
     src: SourceArgument,
     out: OutOption,
     canaries: Annotated[int, typer.Option(help="Planted images, a multiple of the number of levels.")] = 24,
+    controls: Annotated[int, typer.Option(help="Images like the canaries that are never planted.")] = 48,
     fillers: Annotated[int, typer.Option(help="Other images of the dataset.")] = 250,
     edited: Annotated[float, typer.Option(help="Share of canaries whose copies are edited.")] = 0.5,
     min_distance: Annotated[float, typer.Option(help="Normalised ℓ2 of a canary to every other image.")] = 0.25,
@@ -86,10 +87,11 @@ def plant(
         src,
         out,
         canaries=canaries,
+        controls=controls,
         fillers=fillers,
         edited=edited,
         min_distance=min_distance,
         resolution=resolution,
         seed=seed,
     )
-    typer.echo(f"{table['key'].count()} copies of {table['canary'].n_unique()} canaries planted: {out}")
+    typer.echo(f"{table['key'].count()} copies of {canaries} canaries planted: {out}")

@@ -81,6 +81,7 @@ def plant(
     dst: Path,
     *,
     canaries: int = 24,
+    controls: int = 0,
     multiplicities: Sequence[int] = (0, 1, 2, 4, 8, 16, 32, 64),
     fillers: int = 250,
     spare: int | None = None,
@@ -92,6 +93,7 @@ def plant(
     """Make the planted dataset DST from the images of SRC; returns the truth (one row a copy, columns TRUTH).
 
     canaries: a multiple of the number of levels. multiplicities: the levels. fillers: other images, once.
+    controls: images chosen as canaries are, planted 0 times whatever the seed: they bound the rate of false matches.
     spare: images for the refill; None = as many as there are copies that deduplication should remove.
     edited: share of the canaries whose copies after the first are edited, by one of EDITS after the other.
     min_distance: of every canary to every other image as it is in SRC (not to the edited copies of another
@@ -106,6 +108,7 @@ def plant(
     options = {
         "source_sha256": fingerprint_source(src),
         "canaries": canaries,
+        "controls": controls,
         "multiplicities": list(multiplicities),
         "fillers": fillers,
         "spare": spare,
@@ -117,22 +120,25 @@ def plant(
     if _is_planted(src, dst, options):
         return pl.read_parquet(dst / "plant.parquet")
 
-    pool, thumbnails, counts = read_pool(src, resolution, max(POOL, 4 * (canaries + fillers + spare)))
+    pool, thumbnails, counts = read_pool(src, resolution, max(POOL, 4 * (canaries + controls + fillers + spare)))
     try:
-        chosen = select_images(pool, thumbnails, canaries, fillers, spare, min_distance)
+        chosen = select_images(pool, thumbnails, canaries + controls, fillers, spare, min_distance)
     except PlantError as error:
         raise PlantError(f"{src}: {error}") from None
     originals, others, spares = (pool[rows] for rows in chosen)
     levels = assign_levels(canaries, multiplicities, edited, seed)
     total = sum(multiplicity for multiplicity, _ in levels) + fillers
     keys = [f"{place:06d}" for place in np.random.default_rng(seed).permutation(total)]
-    truth = list_copies(originals["name"].to_list(), levels, keys, seed)
+    names = originals["name"].to_list()
+    truth = list_copies(names[:canaries], levels, keys, seed)
+    never = pl.DataFrame([(None, name, 0, None, None, "same", seed) for name in names[canaries:]], TRUTH, orient="row")
+    truth = pl.concat([truth, never])
 
     dst.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=dst.parent, prefix=f".{dst.name}.") as temporary:
         folder = Path(temporary) / "planted"
-        _write_shards(folder, _copy_samples(src, originals, others, truth, keys), total)
-        _write_shards(folder / "canaries", _original_samples(src, originals), canaries)
+        _write_shards(folder, _copy_samples(src, originals.head(canaries), others, truth, keys), total)
+        _write_shards(folder / "canaries", _original_samples(src, originals), canaries + controls)
         _write_shards(folder / "spare", _original_samples(src, spares), spare)
         write_parquet(folder / "plant.parquet", truth)
         if (src / "demo.json").exists():  # who drew the pictures, and their licence

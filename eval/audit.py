@@ -24,6 +24,7 @@ from eval.generate import generate
 from eval.report import write_report
 
 ARMS = ("raw", "refill")
+CONTROLS = 48  # never planted: no hit in 51 bounds the rate of false matches per prompt at 6 %
 SAMPLES = 16  # images a prompt
 DENOISING_STEPS = 15
 GUIDANCE_SCALE = 1.0
@@ -43,7 +44,7 @@ def demo(
     for seed in range(seeds):
         planted, out = directory / f"planted-{seed}", directory / f"dedup-{seed}"
         with _stage(seconds, "plant"):
-            plant(directory / "drawings", planted, canaries=canaries, fillers=fillers, seed=seed)
+            plant(directory / "drawings", planted, canaries=canaries, controls=CONTROLS, fillers=fillers, seed=seed)
         with _stage(seconds, "dedup"):
             deduplicate(planted, out, Options())
             write_dedup_report(out)

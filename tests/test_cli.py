@@ -65,7 +65,20 @@ def test_the_whole_line(tmp_path: Path) -> None:
     draw_pictures(tmp_path / "src", 150)
     planted, out, audit = tmp_path / "planted", tmp_path / "out", tmp_path / "audit"
     steps: list[list[object]] = [
-        ["plant", tmp_path / "src", "-o", planted, "--canaries", 8, "--fillers", 16, "--min-distance", 0.1],
+        [
+            "plant",
+            tmp_path / "src",
+            "-o",
+            planted,
+            "--canaries",
+            8,
+            "--controls",
+            4,
+            "--fillers",
+            16,
+            "--min-distance",
+            0.1,
+        ],
         ["dedup", planted, "-o", out],
     ]
     for arm in ("raw", "refill"):
@@ -81,5 +94,5 @@ def test_the_whole_line(tmp_path: Path) -> None:
     assert verdict["arms"] == ["raw", "refill"]
     rows = pl.read_parquet(audit / "comparison.parquet")
     assert sorted(set(rows["multiplicity"])) == [0, 1, 2, 4, 8, 16, 32, 64]
-    assert len(rows) == 16
+    assert len(rows) == 2 * (8 + 4)
     assert (audit / "report" / "index.html").stat().st_size > 10_000

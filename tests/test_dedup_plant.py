@@ -464,3 +464,13 @@ def test_edited_zero_means_exact_copies_only(source: Path, tmp_path: Path) -> No
     truth = plant(source, tmp_path / "dst", edited=0.0, **SMALL)
     assert truth["mode"].unique().to_list() == ["exact"]
     assert set(truth["edit"].drop_nulls()) == {"exact"}
+
+
+def test_controls_are_like_canaries_and_stand_nowhere(source: Path, tmp_path: Path) -> None:
+    truth = plant(source, tmp_path / "dst", controls=6, **SMALL)
+    controls = truth.filter(pl.col("mode").is_null())
+    assert controls["multiplicity"].to_list() == [0] * 6
+    assert controls["key"].null_count() == 6
+    assert controls["canary"].n_unique() == 6
+    moved = plant(source, tmp_path / "other", controls=6, seed=1, **SMALL)
+    assert moved.filter(pl.col("mode").is_null())["canary"].equals(controls["canary"])
