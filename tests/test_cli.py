@@ -17,8 +17,9 @@ from eval.cli import app
 ROOT = Path(__file__).parent.parent
 
 
-def unmemorize(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from eval.cli import main; main()", *map(str, arguments)]
+def unmemorize(*arguments: object, before: str = "pass") -> subprocess.CompletedProcess[str]:
+    """The program in a process of its own, after the statement `before`."""
+    command = [sys.executable, "-c", f"{before}; from eval.cli import main; main()", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
 
@@ -58,6 +59,18 @@ def test_exit_codes_and_one_line_errors(tmp_path: Path) -> None:
     other = unmemorize("dedup", tmp_path / "src", "-o", tmp_path / "out", "--no-report", "--flips", "drop")
     assert other.returncode == 2
     assert "flips was 'keep'" in other.stderr
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path: Path) -> None:
+    draw_pictures(tmp_path / "src", 20)
+    words = ["dedup", tmp_path / "src", "-o", tmp_path / "out", "--no-report"]
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))"
+    full = unmemorize(*words, before=limit)
+    assert full.returncode == 3
+    assert "is the disk full?" in full.stderr
+    assert full.stderr.count("\n") == 1
+    assert not list((tmp_path / "out").rglob(".*.npy*"))
+    assert unmemorize(*words).returncode == 0
 
 
 @pytest.mark.slow
