@@ -79,6 +79,7 @@ def plant(
     min_distance: Annotated[float, typer.Option(help="Normalised ℓ2 of a canary to every other image.")] = 0.25,
     resolution: Annotated[int, typer.Option(help="Side in pixels at which distances are measured.")] = 32,
     seed: Annotated[int, typer.Option(help="Draws which canary stands how often.")] = 0,
+    json_: JsonOption = False,
 ) -> None:
     """Plant images at known multiplicities, 0 … 64, in a copy of SRC. Example: unmemorize plant photos -o planted"""
     from dedup.plant import plant as plant_images
@@ -94,4 +95,7 @@ def plant(
         resolution=resolution,
         seed=seed,
     )
-    typer.echo(f"{table['key'].count()} copies of {canaries} canaries planted: {out}")
+    copies = table["key"].count()
+    counts = {"copies": copies, "canaries": canaries, "controls": controls, "fillers": fillers}
+    text = f"{copies} copies of {canaries} canaries planted among {fillers} other images: {out}"
+    typer.echo(json.dumps(counts) if json_ else text)

@@ -37,19 +37,23 @@ def generate(
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 15,
     prompts: Annotated[Path | None, typer.Option(help="CSV with target_id and prompt, to attack with.")] = None,
     limit: Annotated[int, typer.Option(help="Targets of a dataset without canaries.")] = 200,
+    json_: JsonOption = False,
 ) -> None:
     """Draw images for the prompts of all targets, with the same noise in every model."""
     with defense.cli.require_extra("train"):
         from eval.generate import generate as generate_images
 
         table = generate_images(run, n=n, guidance_scale=guidance_scale, steps=steps, prompts=prompts, limit=limit)
-    typer.echo(f"{len(table)} images for {table['prompt_id'].n_unique()} prompts: {run / 'generations.parquet'}")
+    counts = {"images": len(table), "prompts": table["prompt_id"].n_unique(), "nan": (table["status"] != "ok").sum()}
+    where = run / "generations.parquet"
+    typer.echo(json.dumps(counts) if json_ else f"{counts['images']} images for {counts['prompts']} prompts: {where}")
 
 
 @app.command()
 def attack(
     run: RunArgument,
     attack: Annotated[str, typer.Option(metavar="clique", help="Which attack.")] = "clique",
+    json_: JsonOption = False,
 ) -> None:
     """Score the generated images: which training images came back."""
     with defense.cli.require_extra("eval"):
@@ -57,10 +61,13 @@ def attack(
 
         scores = run_attack(run, attack)
     member, control = (scores.filter(prompt_kind=kind) for kind in ("member", "control"))
-    typer.echo(
-        f"{member['extracted'].sum()} of {len(member)} planted or repeated images extracted, "
-        f"{control['extracted'].sum()} of {len(control)} controls: {run / f'scores-{attack}.parquet'}"
+    counts = {"members": len(member), "extracted": member["extracted"].sum()}
+    counts |= {"controls": len(control), "control_hits": control["extracted"].sum()}
+    text = (
+        f"{counts['extracted']} of {counts['members']} training images extracted, "
+        f"{counts['control_hits']} of {counts['controls']} controls: {run / f'scores-{attack}.parquet'}"
     )
+    typer.echo(json.dumps(counts) if json_ else text)
 
 
 @app.command()
