@@ -24,6 +24,7 @@ for part in (dedup.cli.app, defense.cli.app):  # flat verbs: `unmemorize dedup`,
     app.registered_commands.extend(part.registered_commands)
 
 
+INTERRUPTED = 130
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder made by `unmemorize train`.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -116,8 +117,10 @@ def main() -> None:
     """Entry point: expected errors become one line; UNMEMORIZE_DEBUG=1 brings the traceback back."""
     try:
         app(standalone_mode=True)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where it stopped", 130)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:  # Typer has turned Ctrl-C into it
+            _fail("interrupted; the same command goes on where it stopped", INTERRUPTED)
+        raise
     except dedup.cli.TooManyBad as error:
         _fail(str(error), 1)
     except OSError as error:

@@ -61,6 +61,14 @@ def test_exit_codes_and_one_line_errors(tmp_path: Path) -> None:
     assert "flips was 'keep'" in other.stderr
 
 
+def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
+    draw_pictures(tmp_path / "src", 1)
+    press = "import dedup.pipeline as p; p.deduplicate = lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt())"
+    stopped = unmemorize("dedup", tmp_path / "src", "-o", tmp_path / "out", before=press)
+    assert stopped.returncode == 130
+    assert stopped.stderr == "unmemorize: interrupted; the same command goes on where it stopped\n"
+
+
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path: Path) -> None:
     draw_pictures(tmp_path / "src", 20)
     words = ["dedup", tmp_path / "src", "-o", tmp_path / "out", "--no-report"]
