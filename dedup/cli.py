@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,7 +12,7 @@ SourceArgument = Annotated[Path, typer.Argument(metavar="SRC", help="A folder of
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
 JobsOption = Annotated[int, typer.Option(help="Worker processes; 0 = one per processor.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Keep = Annotated[str, typer.Option(help="keep or drop", metavar="keep|drop")]
+Keep = Literal["keep", "drop"]
 
 
 class TooManyBad(Exception):
@@ -22,13 +22,13 @@ class TooManyBad(Exception):
 @app.command()
 def dedup(
     src: SourceArgument,
-    out: OutOption,
-    level: Annotated[str, typer.Option(metavar="auto|exact|hash", help="auto: the best that is installed.")] = "auto",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Results; default: SRC's name + -dedup.")] = None,
+    level: Annotated[Literal["auto", "exact", "hash"], typer.Option(help="auto: the best there is.")] = "auto",
     jobs: JobsOption = 0,
     report: Annotated[bool, typer.Option(help="Write the HTML report.")] = True,
-    hash_decode: Annotated[str, typer.Option(metavar="fast|exact", help="fast: JPEGs at reduced scale.")] = "fast",
-    flips: Keep = "keep",
-    rotations: Keep = "keep",
+    hash_decode: Annotated[Literal["fast", "exact"], typer.Option(help="fast: JPEGs at reduced scale.")] = "fast",
+    flips: Annotated[Keep, typer.Option(help="Mirrored copies.")] = "keep",
+    rotations: Annotated[Keep, typer.Option(help="Turned copies.")] = "keep",
     max_pixels: Annotated[int, typer.Option(help="Larger images are not decoded.")] = 100_000_000,
     max_frames: Annotated[int, typer.Option(help="Longer animations are not decoded.")] = 1_000,
     max_bad: Annotated[float, typer.Option(help="Share of unreadable inputs that is tolerated.")] = 0.01,
@@ -37,15 +37,16 @@ def dedup(
     """Find duplicates in SRC and decide what to keep. Example: unmemorize dedup photos -o photos-dedup"""
     from dedup.pipeline import Options, deduplicate
 
-    level = "hash" if level == "auto" else level
-    options = Options(level, hash_decode, max_pixels, max_frames, flips, rotations)
+    out = out or Path(f"{src.resolve().name}-dedup")
+    chosen = "hash" if level == "auto" else level
+    options = Options(chosen, hash_decode, max_pixels, max_frames, flips, rotations)
     run = deduplicate(src, out, options, jobs=jobs)
     if report:
         from dedup.report import write_report
 
         write_report(out, jobs=jobs)
     counts = run["counts"]
-    typer.echo(json.dumps(counts) if json_ else _summary(counts, out, report, level))
+    typer.echo(json.dumps(counts) if json_ else _summary(counts, out, report, chosen))
     if counts["unreadable"] > max_bad * counts["rows"]:
         raise TooManyBad(
             f"{counts['unreadable']} of {counts['rows']} inputs are unreadable, more than --max-bad {max_bad}: "

@@ -12,7 +12,7 @@ app = typer.Typer(no_args_is_help=True)
 OURS = ("dedup", "defense", "eval")
 
 
-class MissingExtraError(OSError):
+class MissingExtraError(ValueError):
     """A command needs packages of an extra that is not installed."""
 
 

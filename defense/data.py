@@ -149,9 +149,7 @@ def read_spare(src: Path) -> pl.DataFrame | None:
 def draw_rows(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
     """int64 (B,): rows of a batch. Shuffled passes over 0 … n-1 follow each other, each row once a pass."""
     passes, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
-    return np.concatenate(
-        [_shuffle(n, seed, p)[places[passes == p]] for p in range(passes[0], passes[-1] + 1)]
-    )
+    return np.concatenate([_shuffle(n, seed, p)[places[passes == p]] for p in range(passes[0], passes[-1] + 1)])
 
 
 @lru_cache(maxsize=4)
@@ -170,9 +168,7 @@ def draw_noise(batch_size: int, shape: Sequence[int], seed: int, step: int) -> t
     )
 
 
-def count_exposures(
-    rows: pl.DataFrame, training: pl.DataFrame, steps: int, batch_size: int, seed: int
-) -> pl.DataFrame:
+def count_exposures(rows: pl.DataFrame, training: pl.DataFrame, steps: int, batch_size: int, seed: int) -> pl.DataFrame:
     """How often each row was trained on: id, cluster_id, key, held_out, exposures.
 
     rows: the manifest with `held_out`; training: the rows of the arm. Every row of the manifest is there,

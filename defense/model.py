@@ -138,9 +138,7 @@ def build_tokenizer(length: int) -> CLIPTokenizer:
 def load_autoencoder(folder: Path) -> AutoencoderKL:
     """An AutoencoderKL in float32. Raises ModelError when the weights are missing or pickled."""
     if not (folder / "config.json").exists():
-        raise ModelError(
-            f"{folder} holds no autoencoder (no config.json): set `autoencoder` to the folder of one"
-        )
+        raise ModelError(f"{folder} holds no autoencoder (no config.json): set `autoencoder` to the folder of one")
     return _open(AutoencoderKL, folder)
 
 
@@ -175,9 +173,7 @@ def _open(kind: Any, folder: Path, **options: Any) -> Any:
     refuse_unsafe(folder)
     _hide_progress()
     try:
-        return kind.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, **options
-        )
+        return kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{folder} cannot be opened ({str(error).splitlines()[0]})") from error
 

@@ -225,9 +225,7 @@ def fit(
     unet = copy.deepcopy(pipeline.unet).to(memory_format=torch.channels_last)
     average = copy.deepcopy(unet).requires_grad_(False)
     betas, decay = (0.9, config.beta2), config.weight_decay
-    optimizer = torch.optim.AdamW(
-        unet.parameters(), config.learning_rate, betas, weight_decay=decay, fused=True
-    )
+    optimizer = torch.optim.AdamW(unet.parameters(), config.learning_rate, betas, weight_decay=decay, fused=True)
     start = load_checkpoint(run / CHECKPOINT, unet, average, optimizer)
     saved, began = start, time.perf_counter()
     size = config.batch_size

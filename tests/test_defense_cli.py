@@ -55,7 +55,7 @@ def test_a_missing_extra_is_named():
     code = (
         "import sys; sys.modules['torch'] = None; from pathlib import Path; from defense.cli import train\n"
         "try: train(Path('OUT'), 'raw', Path('c'), Path('r'), 0)\n"
-        "except OSError as error: print(error)"
+        "except ValueError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "torch is not installed: pip install 'unmemorize[train]'\n"
