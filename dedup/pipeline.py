@@ -1,7 +1,7 @@
 """The whole deduplication in order: SRC → OUT. Reads top to bottom; every step is a function of its own file.
 
-OUT is described in docs/architecture.md. The same command on a finished OUT does nothing, on an interrupted one it goes
-on; an OUT that was made with other options is refused.
+OUT is described in docs/architecture.md. The same command on a finished or interrupted OUT fingerprints only
+shards that are new or have changed, and decides again; an OUT that was made with other options is refused.
 """
 
 import fcntl
@@ -63,7 +63,7 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
         with _timed(seconds, "search"):
             candidates = find_candidates(rows, options, jobs or engine.available_cpus())
         with _timed(seconds, "verify"):
-            rows, pairs = accept_pairs(rows, candidates, Thumbnails(work, len(shards)), src)
+            rows, pairs = accept_pairs(rows, candidates, Thumbnails(work, len(shards)), src, options)
         with _timed(seconds, "decide"):
             table = decide(rows, pairs, options)
         with _timed(seconds, "write"):
@@ -106,11 +106,14 @@ def _prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options
     work = out / ".work" / "signatures"
     manifest.write_json(path, recorded)
     stamps_path = out / ".work" / "shards.json"
-    stamps = manifest.read_json(stamps_path) if stamps_path.exists() else []
-    for index, shard in enumerate(shards):
-        if index >= len(stamps) or stamps[index] != shard.fingerprint:
+    before_stamps = manifest.read_json(stamps_path) if stamps_path.exists() else []
+    stamps = [f"{shard.fingerprint} {recorded['versions']}" for shard in shards]  # other libraries hash otherwise
+    for index, stamp in enumerate(stamps):
+        if index >= len(before_stamps) or before_stamps[index] != stamp:
             (work / f"{index:05d}.parquet").unlink(missing_ok=True)
-    manifest.write_json(stamps_path, [shard.fingerprint for shard in shards])
+    if stamps != before_stamps:
+        (out / "run.json").unlink(missing_ok=True)  # what stands there is of another source now
+    manifest.write_json(stamps_path, stamps)
     return work
 
 
@@ -175,7 +178,7 @@ def find_candidates(rows: pl.DataFrame, options: Options, jobs: int) -> pl.DataF
 
 
 def accept_pairs(
-    rows: pl.DataFrame, candidates: pl.DataFrame, thumbnails: "Thumbnails", src: Path
+    rows: pl.DataFrame, candidates: pl.DataFrame, thumbnails: "Thumbnails", src: Path, options: Options
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Verify the candidates. Returns the rows with `pixel_digest` filled where it was needed, and the pairs table."""
     hashed = verify.verify_pairs(candidates.filter(pl.col("signal") != "bytes"), thumbnails)
@@ -188,7 +191,7 @@ def accept_pairs(
     equal_bytes = candidates.filter(pl.col("signal") == "bytes").with_columns(**certain)
     identical = hashed.filter((pl.col("hamming") == 0) & (pl.col("residual") == 0) & (pl.col("orientation") == 0))
     wanted = pl.concat([identical["i"], identical["j"], _flat_rows(rows)]).unique().sort()
-    digests = _pixel_digests(rows[wanted.to_list()], src)
+    digests = _pixel_digests(rows[wanted.to_list()], src, options)
     rows = rows.join(digests, on="id", how="left", maintain_order="left")
     of_pixels = rows["pixel_digest"]
     hashed = hashed.with_columns(
@@ -218,14 +221,15 @@ def _flat_pairs(rows: pl.DataFrame) -> pl.DataFrame:
     return pairs.with_columns(orientation=pl.lit(0, pl.Int32), hamming=pl.lit(0, pl.Int32), signal=pl.lit("pixels"))
 
 
-def _pixel_digests(rows: pl.DataFrame, src: Path) -> pl.DataFrame:
+def _pixel_digests(rows: pl.DataFrame, src: Path, options: Options) -> pl.DataFrame:
     """id, pixel_digest of the given rows: this needs every pixel, so it is done for candidates only."""
     digests = []
     for row in rows.iter_rows(named=True):
         data = sources.read_image(src, row["shard"], row["offset"], row["size"], row["key"])
         if hashing.digest(data) != row["sha256"]:
             raise sources.SourceError(f"{src}: {row['key']} has changed while it was read; run again")
-        digests.append(hashing.pixel_digest(images.decode(data, montage=True).pixels))
+        decoded = images.decode(data, montage=True, max_pixels=options.max_pixels, max_frames=options.max_frames)
+        digests.append(hashing.pixel_digest(decoded.pixels))
     return pl.DataFrame({"id": rows["id"], "pixel_digest": pl.Series(digests, dtype=pl.String)})
 
 

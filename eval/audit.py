@@ -24,18 +24,23 @@ from eval.generate import generate
 from eval.report import write_report
 
 ARMS = ("raw", "refill")
-CONTROLS = 48  # never planted: no hit in 51 bounds the rate of false matches per prompt at 6 %
-SAMPLES = 16  # images a prompt
-DENOISING_STEPS = 15
-GUIDANCE_SCALE = 1.0
 
 
 def demo(
-    directory: Path, *, seeds: int = 1, canaries: int = 24, fillers: int = 250, steps: int = 1600
+    directory: Path,
+    *,
+    seeds: int = 1,
+    canaries: int = 24,
+    controls: int = 48,
+    fillers: int = 250,
+    steps: int = 1600,
+    samples: int = 16,
 ) -> dict[str, Any]:
     """Run the job on the OpenMoji drawings; returns verdict.json.
 
-    seeds: training seeds, each with its own assignment of the canaries to multiplicities. steps: training steps.
+    seeds: training seeds, each with its own assignment of the canaries to multiplicities. controls: images that are
+    never planted; no hit in 51 bounds the rate of false matches per prompt at 6 %. steps: of training. samples: images
+    a prompt.
     """
     seconds: dict[str, float] = {}
     with _stage(seconds, "draw"):
@@ -44,13 +49,13 @@ def demo(
     for seed in range(seeds):
         planted, out = directory / f"planted-{seed}", directory / f"dedup-{seed}"
         with _stage(seconds, "plant"):
-            plant(directory / "drawings", planted, canaries=canaries, controls=CONTROLS, fillers=fillers, seed=seed)
+            plant(directory / "drawings", planted, canaries=canaries, controls=controls, fillers=fillers, seed=seed)
         with _stage(seconds, "dedup"):
             deduplicate(planted, out, Options())
             write_dedup_report(out)
-        tasks = [(out, arm, steps, directory / f"{arm}-{seed}", seed) for arm in ARMS]
+        tasks = [(out, arm, steps, directory / f"{arm}-{seed}", seed, samples) for arm in ARMS]
         with _stage(seconds, "train, generate and attack"):  # the two arms side by side, one core each
-            for (*_, run, _), arm in zip(tasks, engine.run(_train_and_attack, tasks, jobs=2), strict=True):
+            for arm, run in zip(ARMS, engine.run(_train_and_attack, tasks, jobs=2), strict=True):
                 runs[arm].append(run)
     with _stage(seconds, "compare and report"):
         verdict = compare(runs["raw"], runs["refill"], directory / "audit")
@@ -59,13 +64,13 @@ def demo(
     return verdict
 
 
-def _train_and_attack(out: Path, arm: str, steps: int, run: Path, seed: int) -> str:
+def _train_and_attack(out: Path, arm: str, steps: int, run: Path, seed: int, samples: int) -> Path:
     from defense.train import TrainConfig, train
 
     train(out, arm, TrainConfig(steps=steps), run, seed)
-    generate(run, n=SAMPLES, guidance_scale=GUIDANCE_SCALE, steps=DENOISING_STEPS)
+    generate(run, n=samples)
     attack(run)
-    return arm
+    return run
 
 
 @contextmanager

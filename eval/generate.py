@@ -53,8 +53,8 @@ def generate(
     run: Path,
     *,
     n: int = 16,
-    guidance_scale: float = 3.0,
-    steps: int = 20,
+    guidance_scale: float = 1.0,
+    steps: int = 15,
     prompts: Path | None = None,
     limit: int = 200,
 ) -> pl.DataFrame:

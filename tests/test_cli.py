@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from eval.audit import demo
 from eval.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -117,3 +118,16 @@ def test_the_whole_line(tmp_path: Path) -> None:
     assert sorted(set(rows["multiplicity"])) == [0, 1, 2, 4, 8, 16, 32, 64]
     assert len(rows) == 2 * (8 + 4)
     assert (audit / "report" / "index.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_demo_runs_and_its_parts_are_not_made_twice(tmp_path: Path) -> None:
+    small = {"canaries": 8, "controls": 2, "fillers": 12, "steps": 4, "samples": 4}
+    verdict = demo(tmp_path, **small)
+    assert verdict["primary"]["n_clusters"] == 6
+    assert verdict["control"]["raw"]["prompts"] == 3
+    assert (tmp_path / "dedup-0" / "report" / "index.html").exists()
+    model = tmp_path / "raw-0" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    before = model.stat().st_mtime_ns
+    assert demo(tmp_path, **small) == verdict
+    assert model.stat().st_mtime_ns == before
