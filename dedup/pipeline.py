@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 from tqdm import tqdm
 
-from dedup import clustering, engine, fingerprint, hashing, images, manifest, policy, search, sources, verify
+from dedup import clustering, engine, fingerprint, hamming, hashing, images, manifest, policy, search, sources, verify
 from dedup.manifest import ORIENTATIONS
 
 LIBRARIES = ("unmemorize", "pillow", "imagehash", "numpy", "polars", "opencv-python-headless")
@@ -167,7 +167,7 @@ def find_candidates(rows: pl.DataFrame, options: Options, jobs: int) -> pl.DataF
         return equal_bytes
     distinct = ordered.join(first, left_on="id", right_on="i", how="semi", maintain_order="left")
     textured = distinct.filter(pl.col("pdq_quality") >= verify.MIN_QUALITY)
-    codes = np.frombuffer(b"".join(textured["pdq_d4"]), np.uint8).reshape(-1, 8, search.BITS // 8)
+    codes = np.frombuffer(b"".join(textured["pdq_d4"]), np.uint8).reshape(-1, 8, 32)
     found = search.join_hamming(codes, jobs=jobs)
     ids = textured["id"]
     near = found.with_columns(
@@ -236,7 +236,7 @@ def _pixel_digests(rows: pl.DataFrame, src: Path, options: Options) -> pl.DataFr
 def _by_id(pairs: pl.DataFrame) -> pl.DataFrame:
     """Pairs in keeper order (i, j; orientation turns j into i) → PAIRS_SCHEMA: a < b, orientation turns a into b."""
     names = pl.Series(ORIENTATIONS)
-    forward = names.gather(pl.Series(search.INVERSE).gather(pairs["orientation"]))
+    forward = names.gather(pl.Series(hamming.INVERSE).gather(pairs["orientation"]))
     backward = names.gather(pairs["orientation"])
     table = pairs.with_columns(
         a=pl.min_horizontal("i", "j"),

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dedup import search
+from dedup import bands, hamming, search
 
 
 def planted_codes(n: int, seed: int) -> np.ndarray:
@@ -19,12 +19,33 @@ def planted_codes(n: int, seed: int) -> np.ndarray:
     return codes
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_bands_find_what_brute_force_finds(seed: int) -> None:
-    _, words = search._collapse(planted_codes(1_200, seed))
-    exact = search._closest(search._brute_force(words, search.RADIUS))
-    assert len(exact) > 100
-    assert search._closest(search._band_join(words, search.RADIUS, jobs=2)).equals(exact)
+@pytest.mark.parametrize(("seed", "jobs"), [(0, 1), (1, 2), (2, 3)])
+def test_bands_find_what_brute_force_finds(seed: int, jobs: int) -> None:
+    words = planted_codes(1_200, seed).view(np.uint64)
+    for limit in (search.LIMIT, 2):
+        exact = hamming.join_brute_force(words, search.RADIUS, limit)
+        assert len(exact) > 100
+        assert np.array_equal(bands.join_bands(words, search.RADIUS, limit, jobs), exact)
+
+
+def near_codes(n: int, seed: int) -> np.ndarray:
+    """One code with up to four bits flipped: most pairs are within the radius, many codes are equal."""
+    rng = np.random.default_rng(seed)
+    codes = np.repeat(rng.integers(0, 256, (1, 8, 32), dtype=np.uint8), n, axis=0)
+    bits = np.unpackbits(codes, axis=2)
+    for _ in range(4):
+        bits[np.arange(n), :, rng.integers(0, 12, n)] ^= 1
+    return np.packbits(bits, axis=2)
+
+
+@pytest.mark.parametrize("limit", [1, 5, 64])
+def test_a_crowd_keeps_its_earliest_partners(limit: int) -> None:
+    """Nearly everything matches: the work stays bounded and the first rows are the partners that are kept."""
+    words = near_codes(700, seed=3).view(np.uint64)
+    found = bands.join_bands(words, search.RADIUS, limit, 1)
+    j, key = found.T
+    for row in range(len(words)):
+        assert (key[j == row] >> hamming.KEY_BITS).tolist() == list(range(min(row, limit)))
 
 
 @settings(max_examples=30, deadline=None)
@@ -32,14 +53,15 @@ def test_bands_find_what_brute_force_finds(seed: int) -> None:
 def test_upright_pairs_with_repeated_codes_are_all_found(seed: int, n: int) -> None:
     rng = np.random.default_rng(seed)
     codes = planted_codes(max(2, n // 3), seed)[rng.integers(0, max(2, n // 3), n)]
-    found = search.join_hamming(codes)
+    j, key = bands.join_bands(codes.view(np.uint64), search.RADIUS, search.LIMIT, 1).T
+    found = zip(key >> hamming.KEY_BITS, j, key & 7, strict=True)
     upright = np.bitwise_count(codes[:, None, 0] ^ codes[None, :, 0]).sum(axis=2)
     expected = {(i, j) for i, j in zip(*np.nonzero(upright <= search.RADIUS), strict=True) if i < j}
-    assert {(i, j) for i, j, o, _ in found.iter_rows() if o == 0} == expected
+    assert {(i, j) for i, j, orientation in found if orientation == 0} == expected
 
 
 @pytest.mark.parametrize("groups", [10, 500_000, 5_000_000])
 def test_the_bands_prove_exactness(groups: int) -> None:
-    bands = search.choose_bands(groups, search.RADIUS)
-    assert sum(width for _, width, _ in bands) == search.BITS
-    assert sum(flips + 1 for *_, flips in bands) == search.RADIUS + 1
+    layout = bands.choose_bands(groups, search.RADIUS)
+    assert sum(width for _, width, _ in layout) == hamming.BITS
+    assert sum(flips + 1 for *_, flips in layout) == search.RADIUS + 1
