@@ -1,6 +1,6 @@
 """Run one function over many tasks, in this process or in several. Correctness never depends on which.
 
-Tasks are pure functions of their arguments and write their own output; results come back in the order of the tasks.
+Tasks are pure functions of their arguments; results come back in the order of the tasks.
 """
 
 import multiprocessing
@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from typing import Self
 
 
 def available_cpus() -> int:
@@ -15,21 +16,40 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class Workers:
+    """`jobs` processes with one thread each, started with the first work for several and kept until the end."""
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs or available_cpus()
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def run[T](self, function: Callable[..., T], tasks: Iterable[tuple]) -> Iterator[T]:
+        """`function(*task)` for every task, results in order."""
+        tasks = list(tasks)
+        if self.jobs <= 1 or len(tasks) <= 1:
+            for task in tasks:
+                yield function(*task)
+            return
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")  # fork deadlocks under the threads of polars and BLAS
+            self._pool = ProcessPoolExecutor(self.jobs, mp_context=context)
+        with _one_thread_each():
+            futures = [self._pool.submit(function, *task) for task in tasks]
+        for future in futures:
+            yield future.result()
+
+
 def run[T](function: Callable[..., T], tasks: Iterable[tuple], *, jobs: int) -> Iterator[T]:
-    """`function(*task)` for every task, results in order; `jobs` processes with one thread each, or this one alone."""
-    if jobs <= 1:
-        for task in tasks:
-            yield function(*task)
-        return
-    context = multiprocessing.get_context("spawn")  # fork deadlocks under the threads of polars and BLAS
-    with _one_thread_each(), ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        futures = [pool.submit(function, *task) for task in tasks]
-        try:
-            for future in futures:
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    """As `Workers.run`, with workers for these tasks alone."""
+    with Workers(jobs) as workers:
+        yield from workers.run(function, tasks)
 
 
 @contextmanager

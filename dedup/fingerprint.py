@@ -1,21 +1,21 @@
-"""The first stage: one shard of a source → one signature table and one array of colour thumbnails.
+"""The first stage: one shard of a source → one signature table.
 
 A pure function of the shard and the decode options, so any worker on any machine may run it, and a finished file is
-never made again. In: a `Shard`. Out: `<work>/00000.parquet` (the manifest's columns up to `pdq_quality`) and
-`<work>/00000.npy`, uint8 (rows, 32, 32, 3). Knows nothing of other shards.
+never made again. In: a `Shard`. Out: `<work>/00000.parquet`, the manifest's columns up to `pdq_quality`. Hashes see
+only grey: colours are looked at where hashes agree (`verify.py`). Knows nothing of other shards.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import imagehash
 import numpy as np
 import polars as pl
 
 from dedup import hashing, images, sources
 from dedup.manifest import SCHEMA, write_atomic
 
-THUMBNAIL = 32
-HASH_SIDE = 128  # JPEGs may be decoded at reduced scale down to this side: PDQ then moves by at most 8 bits of 256
+JPEG_SIDE = 128  # JPEGs may be decoded at reduced scale down to this side: PDQ then moves by at most 8 bits of 256
 BATCH = 256  # rows hashed together; never crosses a shard, so results do not depend on the number of workers
 COLUMNS = [
     *("source", "shard", "offset", "size", "key", "caption", "width", "height", "format", "status", "error"),
@@ -25,7 +25,11 @@ COLUMNS = [
 
 @dataclass(frozen=True, slots=True)
 class DecodeOptions:
-    """Limits on untrusted images, and how JPEGs are decoded for hashing ("fast": reduced scale, "exact": full)."""
+    """Limits on untrusted images, and what is hashed.
+
+    hash_decode: "fast" shrinks pictures before they are hashed, JPEGs while they are decoded; "exact" hashes all
+    pixels, pHash and dHash by imagehash itself.
+    """
 
     max_pixels: int = images.MAX_PIXELS
     max_frames: int = images.MAX_FRAMES
@@ -39,29 +43,20 @@ def fingerprint_shard(shard: sources.Shard, index: int, work: Path, options: Dec
         status = pl.read_parquet(path, columns=["status"])["status"]
         return len(status), int((status != "ok").sum())
     rows: list[dict] = []
-    thumbnails: list[np.ndarray] = []
     pending: list[tuple[dict, np.ndarray, np.ndarray, np.ndarray]] = []
     try:
         for record in sources.read_shard(shard):
-            rows.append(_fingerprint_record(record, shard, options, pending, thumbnails))
+            rows.append(_fingerprint_record(record, shard, options, pending))
             if len(pending) >= BATCH:
                 _hash_batch(pending)
     except sources.SourceError as error:  # what was read before the damage stays
         key = shard.name or ""
         row = dict.fromkeys(COLUMNS) | _location(shard, key) | {"key": key, "offset": 0, "size": 0}
         rows.append(row | {"status": "unreadable", "error": str(error)})
-        thumbnails.append(np.zeros((THUMBNAIL, THUMBNAIL, 3), np.uint8))
     _hash_batch(pending)
     frame = pl.DataFrame(rows, schema={column: SCHEMA[column] for column in COLUMNS})
-    stack = np.stack(thumbnails) if thumbnails else np.zeros((0, THUMBNAIL, THUMBNAIL, 3), np.uint8)
-    write_atomic(path.with_suffix(".npy"), lambda temporary: _save_array(temporary, stack))
-    write_atomic(path, frame.write_parquet)  # last: its existence means done
+    write_atomic(path, frame.write_parquet)
     return len(frame), int((frame["status"] != "ok").sum())
-
-
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as handle:  # np.save would append .npy to the temporary name
-        np.save(handle, array)
 
 
 def _location(shard: sources.Shard, key: str) -> dict[str, str | None]:
@@ -74,45 +69,35 @@ def _fingerprint_record(
     shard: sources.Shard,
     options: DecodeOptions,
     pending: list[tuple[dict, np.ndarray, np.ndarray, np.ndarray]],
-    thumbnails: list[np.ndarray],
 ) -> dict:
     """One row without its hashes; they are filled in by `_hash_batch`."""
     row = dict.fromkeys(COLUMNS) | _location(shard, record.key)
     row |= {"key": record.key, "offset": record.offset, "size": record.size, "caption": record.caption}
-    thumbnail = np.zeros((THUMBNAIL, THUMBNAIL, 3), np.uint8)
     if record.data is None:
-        row |= {"status": "missing", "error": record.error}
+        return row | {"status": "missing", "error": record.error}
+    row["sha256"] = hashing.digest(record.data)
+    fast = options.hash_decode == "fast"
+    try:
+        luma = images.decode_luma(
+            record.data,
+            min_side=JPEG_SIDE if fast else None,
+            max_pixels=options.max_pixels,
+            max_frames=options.max_frames,
+        )
+    except images.ImageError as error:
+        return row | {"status": error.status, "error": str(error)}
+    row |= {"status": "ok", "width": luma.width, "height": luma.height, "format": luma.format}
+    if fast:
+        grey = hashing.reduce(luma.image, hashing.PDQ_SOURCE)
+        small, wide = hashing.grey_thumbnails(hashing.reduce(grey, hashing.PHASH_SOURCE))
     else:
-        row["sha256"] = hashing.digest(record.data)
-        try:
-            decoded = images.decode(
-                record.data,
-                min_side=HASH_SIDE if options.hash_decode == "fast" else None,
-                montage=True,
-                max_pixels=options.max_pixels,
-                max_frames=options.max_frames,
-            )
-        except images.ImageError as error:
-            row |= {"status": error.status, "error": str(error)}
-        else:
-            row |= {
-                "status": "ok",
-                "width": decoded.width,
-                "height": decoded.height,
-                "format": decoded.format,
-            }
-            thumbnail = images.shrink(decoded.pixels, THUMBNAIL)
-            pending.append((row, *_hash_inputs(decoded)))
-    thumbnails.append(thumbnail)
+        grey = luma.image
+        small, wide = hashing.grey_thumbnails(grey)
+        row |= {"phash": str(imagehash.phash(grey)), "dhash": str(imagehash.dhash(grey))}
+    # What was shrunk while decoding is smaller than the picture, a montage of frames is larger.
+    height, width = max(luma.image.height, luma.height), max(luma.image.width, luma.width)
+    pending.append((row, small, wide, hashing.pdq_luma(np.asarray(grey), height, width)))
     return row
-
-
-def _hash_inputs(decoded: images.Decoded) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    small, wide = hashing.grey_thumbnails(decoded.pixels)
-    rows, columns = decoded.pixels.shape[:2]
-    montage = rows > decoded.height or columns > decoded.width  # frames stacked: larger than one picture
-    height, width = (rows, columns) if montage else (decoded.height, decoded.width)
-    return small, wide, hashing.pdq_luma(decoded.pixels, height, width)
 
 
 def _hash_batch(pending: list[tuple[dict, np.ndarray, np.ndarray, np.ndarray]]) -> None:
@@ -124,6 +109,8 @@ def _hash_batch(pending: list[tuple[dict, np.ndarray, np.ndarray, np.ndarray]]) 
     phashes = hashing.to_hex(hashing.phash(np.stack(small)))
     dhashes = hashing.to_hex(hashing.dhash(np.stack(wide)))
     for number, row in enumerate(rows):
-        row |= {"phash": phashes[number], "dhash": dhashes[number], "pdq": codes[number, 0].tobytes().hex()}
-        row |= {"pdq_d4": codes[number].tobytes(), "pdq_quality": int(quality[number])}
+        row["phash"] = row["phash"] or phashes[number]  # imagehash may have said already
+        row["dhash"] = row["dhash"] or dhashes[number]
+        row |= {"pdq": codes[number, 0].tobytes().hex(), "pdq_d4": codes[number].tobytes()}
+        row["pdq_quality"] = int(quality[number])
     pending.clear()

@@ -29,6 +29,7 @@ EVIDENCE = ["class", "signal", "score", "hamming", "residual", "worst_tile", "or
 # What the page is told of a row, in this order; report.js reads the names from the index.
 FIELDS = [
     "key",
+    "shard",
     "caption",
     "width",
     "height",
@@ -127,29 +128,32 @@ def _describe(members: pl.DataFrame, best: pl.DataFrame, rows: pl.DataFrame, ord
         caption=pl.when(text != "").then(text),
         thumb=pl.col("sha256").str.head(20),
         partner=pl.when(~is_first & (pl.col("other") != pl.col("first"))).then("other_key"),
-    ).select(*FIELDS, "id", "source", "shard", "offset", "kind", "group", "order")
+    ).select(*FIELDS, "id", "source", "offset", "kind", "group", "order")
 
 
-def write_groups(folder: Path, members: pl.DataFrame, listed: pl.DataFrame) -> dict[str, list]:
+def write_groups(src: Path, folder: Path, members: pl.DataFrame, listed: pl.DataFrame) -> dict[str, Any]:
     """Write the groups in chunks, and the index that the page filters by; returns the index.
 
-    members: all rows of `group_rows`; listed: those of them that the page lists.
+    src: where the page finds images that are files of their own. members: all rows of `group_rows`; listed: those
+    of them that the page lists.
     """
     names = {column: sorted(members[column].drop_nulls().unique()) for column in ("signal", "source")}
     code = {column: {name: number for number, name in enumerate(names[column])} for column in names}
+    removed = pl.col("role") == "removed"
     groups = members.group_by("number", maintain_order=True).agg(
         pl.len().alias("size"),
         pl.col("signal").drop_nulls().unique(),
         pl.col("source").unique().sort(),
         pl.col("kind").unique().sum(),
-        weakest=pl.col("score").min().fill_null(0).round(4),
-        removed=(pl.col("role") == "removed").sum(),
+        weakest=pl.coalesce(pl.col("score").filter(removed).min(), pl.col("score").min(), 0).round(4),
+        removed=removed.sum(),
     )
     starts: list[int] = []
     for start, chunk in _chunks(listed, groups):
         manifest.write_text(folder / f"{len(starts):05d}.js", to_script(len(starts), chunk))
         starts.append(start)
-    index: dict[str, list] = {
+    index: dict[str, Any] = {
+        "base": f"{src.as_uri()}/" if src.is_dir() else None,
         "fields": FIELDS,
         "starts": starts,
         "signal_names": names["signal"],

@@ -13,7 +13,10 @@ import hashlib
 import numpy as np
 import scipy.fftpack
 from PIL import Image
+from scipy.sparse import csr_array
 
+PDQ_SOURCE = 256  # larger pictures are first shrunk to this side at least
+PHASH_SOURCE = 64  # the same for pHash and dHash
 PDQ_SIDE = 64  # the luma buffer
 PDQ_BITS = 16  # side of the kept block of DCT coefficients
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
@@ -40,9 +43,14 @@ def to_hex(bits: np.ndarray) -> list[str]:
     return [row.tobytes().hex() for row in np.packbits(bits, axis=1)]
 
 
-def grey_thumbnails(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (H, W, 3) → uint8 (32, 32) for pHash and (8, 9) for dHash, by the steps of imagehash: L, then LANCZOS."""
-    grey = Image.fromarray(pixels).convert("L")
+def reduce(grey: Image.Image, side: int) -> Image.Image:
+    """Mean over boxes of the largest whole number of pixels that leaves both sides of the picture ≥ `side`."""
+    factor = min(grey.size) // side
+    return grey.reduce(factor) if factor > 1 else grey
+
+
+def grey_thumbnails(grey: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+    """Mode L → uint8 (32, 32) for pHash and (8, 9) for dHash, as imagehash shrinks them."""
     small = grey.resize((32, 32), Image.Resampling.LANCZOS)
     wide = grey.resize((9, 8), Image.Resampling.LANCZOS)
     return np.asarray(small), np.asarray(wide)
@@ -61,8 +69,8 @@ def dhash(grey: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=128)
-def jarosz_matrix(length: int, reduced: int) -> np.ndarray:
-    """float32 (64, reduced): PDQ's two passes of a box filter and the decimation to 64, as one matrix.
+def jarosz_matrix(length: int, reduced: int) -> csr_array:
+    """Sparse float32 (64, reduced): PDQ's two passes of a box filter and the decimation to 64, as one matrix.
 
     The window is ceil(length / 128) wide; at the borders the mean is over what is there. For a side that was decoded at
     1/2, 1/4 or 1/8 scale the matrix of the full side is folded, so that the result stays that of the full picture.
@@ -80,14 +88,14 @@ def jarosz_matrix(length: int, reduced: int) -> np.ndarray:
     scale = round(length / reduced)
     if scale > 1:
         matrix = np.add.reduceat(matrix, np.arange(reduced) * scale, axis=1)
-    return matrix.astype(np.float32)
+    return csr_array(matrix.astype(np.float32))
 
 
-def pdq_luma(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 (H, W, 3) → float32 (64, 64) luma in [0, 255], Jarosz-filtered as the picture of `height` × `width` is."""
-    luma = pixels @ LUMA  # (H, W)
-    rows, columns = luma.shape
-    return jarosz_matrix(height, rows) @ luma @ jarosz_matrix(width, columns).T
+def pdq_luma(grey: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 (H, W) → float32 (64, 64) luma in [0, 255], Jarosz-filtered as the picture of `height` × `width` is."""
+    rows, columns = grey.shape
+    filtered = jarosz_matrix(height, rows) @ grey.astype(np.float32)  # (64, W)
+    return (jarosz_matrix(width, columns) @ filtered.T).T
 
 
 def pdq(luma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

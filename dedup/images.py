@@ -1,7 +1,8 @@
-"""Bytes → pixels. Every image of the project passes through `decode`.
+"""Bytes → pixels. Every image of the project passes through `decode`, or for hashing through `decode_luma`.
 
-In: the bytes of one file, untrusted. Out: upright 8-bit RGB on white, or an `ImageError` with a status of the manifest.
-Size and frame limits are checked on the header, before any pixel is decoded. Knows nothing of hashes or training.
+In: the bytes of one file, untrusted. Out: upright 8-bit RGB on white, or its luma, or an `ImageError` with a status of
+the manifest. Size and frame limits are checked on the header, before any pixel is decoded. Knows nothing of hashes or
+training.
 """
 
 import io
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 MAX_PIXELS = 100_000_000
@@ -34,6 +36,7 @@ EXIF_TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SWAPS_SIDES = (5, 6, 7, 8)
 
 
 class ImageError(ValueError):
@@ -87,6 +90,52 @@ def decode(
         raise ImageError("unreadable", f"{type(error).__name__}: {error}"[:200]) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Luma:
+    """`image`: mode L, upright, animations as a montage. `width`, `height`: of the original, upright."""
+
+    image: Image.Image
+    width: int
+    height: int
+    format: str
+
+
+def decode_luma(
+    data: bytes, *, min_side: int | None = None, max_pixels: int = MAX_PIXELS, max_frames: int = MAX_FRAMES
+) -> Luma:
+    """Decode what hashes see.
+
+    A JPEG stores its luma by itself, so that colours need not be decoded, and may be decoded at 1/2, 1/4 or 1/8 scale
+    as long as both sides stay at least `min_side`; None = all pixels, by way of RGB. Raises ImageError.
+    """
+    plain = None if min_side is None else _decode_jpeg_luma(data, min_side, max_pixels)
+    if plain is not None:
+        return plain
+    decoded = decode(data, montage=True, max_pixels=max_pixels, max_frames=max_frames)
+    grey = Image.fromarray(decoded.pixels).convert("L")
+    return Luma(grey, decoded.width, decoded.height, decoded.format)
+
+
+def _decode_jpeg_luma(data: bytes, min_side: int, max_pixels: int) -> Luma | None:
+    """By libjpeg-turbo. None for all that `decode` should judge: other formats and colour spaces, limits, damage."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
+            width, height = header.size
+            orientation = _exif_orientation(header) if "exif" in header.info else 1
+        if width * height > max_pixels or simplejpeg.decode_jpeg_header(data)[2] not in ("YCbCr", "Gray"):
+            return None
+        scale = next((s for s in (8, 4, 2) if min(height, width) // s >= min_side), 1)
+        luma = simplejpeg.decode_jpeg(data, "GRAY", min_height=-(-height // scale), min_width=-(-width // scale))
+    except Exception:  # headers of untrusted bytes raise nearly every exception there is
+        return None
+    image = Image.fromarray(luma[:, :, 0])
+    if orientation in EXIF_TRANSPOSE:
+        image = image.transpose(EXIF_TRANSPOSE[orientation])
+    if orientation in SWAPS_SIDES:
+        width, height = height, width
+    return Luma(image, width, height, "JPEG")
+
+
 def _decode_open(image: Image.Image, min_side: int | None, montage: bool, max_pixels: int, max_frames: int) -> Decoded:
     width, height, kind = image.width, image.height, image.format or ""
     if width * height > max_pixels:
@@ -103,7 +152,7 @@ def _decode_open(image: Image.Image, min_side: int | None, montage: bool, max_pi
         pixels = np.concatenate([_frame(image, number, transpose) for number in wanted])
     else:
         pixels = _upright(image, transpose)
-    if orientation in (5, 6, 7, 8):  # those that swap the sides
+    if orientation in SWAPS_SIDES:
         width, height = height, width
     return Decoded(pixels, width, height, kind)
 

@@ -36,6 +36,7 @@ SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
     "captions": pl.List(pl.String),  # on kept rows: distinct captions of all rows they stand for
     "width": pl.Int32,
     "height": pl.Int32,
+    "effective_pixels": pl.Int64,  # width × height; less on an enlarged copy
     "format": pl.String,
     "status": pl.String,
     "error": pl.String,

@@ -18,8 +18,7 @@ import numpy as np
 import polars as pl
 from tqdm import tqdm
 
-from dedup import clustering, engine, fingerprint, hamming, hashing, images, manifest, policy, search, sources, verify
-from dedup.manifest import ORIENTATIONS
+from dedup import clustering, engine, fingerprint, images, judge, manifest, policy, search, sources, verify
 
 LIBRARIES = ("unmemorize", "pillow", "imagehash", "numpy", "polars", "opencv-python-headless")
 
@@ -54,18 +53,21 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
         raise OptionsError(f"{out} lies inside the source {src}: choose another folder with -o")
     shards = sources.list_shards(src)
     out.mkdir(parents=True, exist_ok=True)
-    with lock(out):
+    with lock(out), engine.Workers(jobs) as workers:
         seconds: dict[str, float] = {}
+        decode = fingerprint.DecodeOptions(options.max_pixels, options.max_frames, options.hash_decode)
         with _timed(seconds, "fingerprint"):
             work = _prepare(out, src, shards, options)
-            rows = _fingerprint(shards, work, options, jobs or engine.available_cpus())
+            rows = _fingerprint(shards, work / "signatures", decode, workers)
         rows = rows.with_columns(rank=policy.keeper_rank(rows))
         with _timed(seconds, "search"):
-            candidates = find_candidates(rows, options, jobs or engine.available_cpus())
+            candidates = find_candidates(rows, options, workers.jobs)
+        reader = judge.Reader(src, work, decode, workers)
         with _timed(seconds, "verify"):
-            rows, pairs = accept_pairs(rows, candidates, Thumbnails(work, len(shards)), src, options)
+            rows, pairs = judge.accept_pairs(rows, candidates, reader)
         with _timed(seconds, "decide"):
-            table = decide(rows, pairs, options)
+            pairs, decisions, held = judge.settle(rows, pairs, reader, flips=options.flips, rotations=options.rotations)
+            table = decide(rows.with_columns(effective_pixels=held), pairs, decisions)
         with _timed(seconds, "write"):
             run = write_outputs(out, src, shards, table, pairs, options)
         manifest.write_json(out / "timings.json", {k: round(v, 3) for k, v in seconds.items()})
@@ -103,14 +105,14 @@ def _prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options
         if differing:
             what = ", ".join(f"{k} was {before['options'].get(k)!r}" for k in differing)
             raise OptionsError(f"{out} was made with other options ({what}): choose another -o or delete it")
-    work = out / ".work" / "signatures"
+    work = out / ".work"
     manifest.write_json(path, recorded)
     stamps_path = out / ".work" / "shards.json"
     before_stamps = manifest.read_json(stamps_path) if stamps_path.exists() else []
     stamps = [f"{shard.fingerprint} {recorded['versions']}" for shard in shards]  # other libraries hash otherwise
     for index, stamp in enumerate(stamps):
         if index >= len(before_stamps) or before_stamps[index] != stamp:
-            (work / f"{index:05d}.parquet").unlink(missing_ok=True)
+            (work / "signatures" / f"{index:05d}.parquet").unlink(missing_ok=True)
     if stamps != before_stamps:
         (out / "run.json").unlink(missing_ok=True)  # what stands there is of another source now
     manifest.write_json(stamps_path, stamps)
@@ -121,13 +123,13 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in LIBRARIES}
 
 
-def _fingerprint(shards: list[sources.Shard], work: Path, options: Options, jobs: int) -> pl.DataFrame:
+def _fingerprint(
+    shards: list[sources.Shard], work: Path, decode: fingerprint.DecodeOptions, workers: engine.Workers
+) -> pl.DataFrame:
     """Signatures of all shards, rows in input order with their ids."""
-    decode = fingerprint.DecodeOptions(options.max_pixels, options.max_frames, options.hash_decode)
     tasks = [(shard, index, work, decode) for index, shard in enumerate(shards)]
-    jobs = min(jobs, len(shards))  # a small source is not worth the start of a process
     with tqdm(desc="fingerprint", unit=" images", file=sys.stderr, disable=None) as bar:
-        for rows, unreadable in engine.run(fingerprint.fingerprint_shard, tasks, jobs=jobs):
+        for rows, unreadable in workers.run(fingerprint.fingerprint_shard, tasks):
             bar.update(rows)
             if unreadable:
                 bar.set_postfix_str(f"{unreadable} unreadable in the last shard")
@@ -135,28 +137,10 @@ def _fingerprint(shards: list[sources.Shard], work: Path, options: Options, jobs
     return frame.with_row_index("id").with_columns(pl.col("id").cast(pl.Int64))
 
 
-class Thumbnails:
-    """uint8 (rows, 32, 32, 3) over all shards, read from disk where they are indexed."""
-
-    def __init__(self, work: Path, shards: int) -> None:
-        self.parts = [np.load(work / f"{index:05d}.npy", mmap_mode="r") for index in range(shards)]
-        self.starts = np.cumsum([0, *(len(part) for part in self.parts)])
-
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        side = fingerprint.THUMBNAIL
-        taken = np.empty((len(rows), side, side, 3), np.uint8)
-        shard = np.searchsorted(self.starts, rows, side="right") - 1
-        for index in np.unique(shard):
-            chosen = shard == index
-            taken[chosen] = self.parts[index][rows[chosen] - self.starts[index]]
-        return taken
-
-
 def find_candidates(rows: pl.DataFrame, options: Options, jobs: int) -> pl.DataFrame:
     """Pairs of ids i, j (i before j in keeper order): signal "bytes" or "pdq", orientation number (j → i), hamming.
 
-    Only the first of the rows with equal bytes is searched for; the others pair with it and inherit its earlier
-    partners, so that each of them can still be dropped to whatever survives.
+    Only the first of the rows with equal bytes is searched for; the others pair with it and share its fate.
     """
     ordered = rows.filter(pl.col("status") == "ok").sort("rank")
     first = ordered.group_by("sha256", maintain_order=True).agg(i=pl.col("id").first())
@@ -173,82 +157,11 @@ def find_candidates(rows: pl.DataFrame, options: Options, jobs: int) -> pl.DataF
     near = found.with_columns(
         ids.gather(found["i"]).alias("i"), ids.gather(found["j"]).alias("j"), signal=pl.lit("pdq")
     )
-    inherited = near.join(equal.rename({"i": "j", "j": "other"}), on="j").drop("j").rename({"other": "j"})
-    return pl.concat([equal_bytes, near, inherited.select(near.columns)])
+    return pl.concat([equal_bytes, near])
 
 
-def accept_pairs(
-    rows: pl.DataFrame, candidates: pl.DataFrame, thumbnails: "Thumbnails", src: Path, options: Options
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Verify the candidates. Returns the rows with `pixel_digest` filled where it was needed, and the pairs table."""
-    hashed = verify.verify_pairs(candidates.filter(pl.col("signal") != "bytes"), thumbnails)
-    certain = {
-        "class": pl.lit("copy"),
-        "score": pl.lit(1.0),
-        "residual": pl.lit(0.0),
-        "worst_tile": pl.lit(0.0),
-    }
-    equal_bytes = candidates.filter(pl.col("signal") == "bytes").with_columns(**certain)
-    identical = hashed.filter((pl.col("hamming") == 0) & (pl.col("residual") == 0) & (pl.col("orientation") == 0))
-    wanted = pl.concat([identical["i"], identical["j"], _flat_rows(rows)]).unique().sort()
-    digests = _pixel_digests(rows[wanted.to_list()], src, options)
-    rows = rows.join(digests, on="id", how="left", maintain_order="left")
-    of_pixels = rows["pixel_digest"]
-    hashed = hashed.with_columns(
-        signal=pl.when(of_pixels.gather(hashed["i"]) == of_pixels.gather(hashed["j"]))
-        .then(pl.lit("pixels"))
-        .otherwise("signal")
-    )
-    flat = _flat_pairs(rows).with_columns(**certain)
-    pairs = pl.concat([equal_bytes, hashed, flat], how="diagonal_relaxed").unique(
-        ["i", "j"], keep="first", maintain_order=True
-    )
-    return rows, _by_id(pairs)
-
-
-def _flat_rows(rows: pl.DataFrame) -> pl.Series:
-    """Pictures without texture have no perceptual hash worth the name. Those of equal size and hash may be equal."""
-    flat = rows.filter((pl.col("status") == "ok") & (pl.col("pdq_quality") < verify.MIN_QUALITY))
-    alike = ["width", "height", "phash", "dhash", "pdq"]
-    return flat.filter(pl.len().over(alike) > 1)["id"]
-
-
-def _flat_pairs(rows: pl.DataFrame) -> pl.DataFrame:
-    """Flat pictures with equal pixels: each pairs with the first of them in keeper order."""
-    flat = rows.filter((pl.col("pdq_quality") < verify.MIN_QUALITY) & pl.col("pixel_digest").is_not_null()).sort("rank")
-    first = flat.group_by("pixel_digest", maintain_order=True).agg(i=pl.col("id").first())
-    pairs = flat.join(first, on="pixel_digest").filter(pl.col("id") != pl.col("i")).select("i", j="id")
-    return pairs.with_columns(orientation=pl.lit(0, pl.Int32), hamming=pl.lit(0, pl.Int32), signal=pl.lit("pixels"))
-
-
-def _pixel_digests(rows: pl.DataFrame, src: Path, options: Options) -> pl.DataFrame:
-    """id, pixel_digest of the given rows: this needs every pixel, so it is done for candidates only."""
-    digests = []
-    for row in rows.iter_rows(named=True):
-        data = sources.read_image(src, row["shard"], row["offset"], row["size"], row["key"])
-        if hashing.digest(data) != row["sha256"]:
-            raise sources.SourceError(f"{src}: {row['key']} has changed while it was read; run again")
-        decoded = images.decode(data, montage=True, max_pixels=options.max_pixels, max_frames=options.max_frames)
-        digests.append(hashing.pixel_digest(decoded.pixels))
-    return pl.DataFrame({"id": rows["id"], "pixel_digest": pl.Series(digests, dtype=pl.String)})
-
-
-def _by_id(pairs: pl.DataFrame) -> pl.DataFrame:
-    """Pairs in keeper order (i, j; orientation turns j into i) → PAIRS_SCHEMA: a < b, orientation turns a into b."""
-    names = pl.Series(ORIENTATIONS)
-    forward = names.gather(pl.Series(hamming.INVERSE).gather(pairs["orientation"]))
-    backward = names.gather(pairs["orientation"])
-    table = pairs.with_columns(
-        a=pl.min_horizontal("i", "j"),
-        b=pl.max_horizontal("i", "j"),
-        orientation=pl.when(pl.col("i") < pl.col("j")).then(forward).otherwise(backward),
-    )
-    return table.select(pl.col(c).cast(t) for c, t in manifest.PAIRS_SCHEMA.items()).sort("a", "b")
-
-
-def decide(rows: pl.DataFrame, pairs: pl.DataFrame, options: Options) -> pl.DataFrame:
-    """Rows and pairs → the finished manifest."""
-    decisions = clustering.decide(pairs, rows["rank"], flips=options.flips, rotations=options.rotations)
+def decide(rows: pl.DataFrame, pairs: pl.DataFrame, decisions: pl.DataFrame) -> pl.DataFrame:
+    """Rows, pairs and decisions → the finished manifest."""
     evidence = _evidence(pairs, decisions)
     table = pl.concat([rows, decisions, evidence], how="horizontal").with_columns(
         keep=pl.col("keep") & (pl.col("status") == "ok"),

@@ -1,17 +1,23 @@
 """Which of two copies is kept, and what becomes of the captions.
 
-Keeper order is a total order of the rows, independent of the order of arrival: larger picture first, then more bytes,
-then one that has a caption, then by content hash and key.
+Keeper order is a total order of the rows, independent of the order of arrival: the picture that holds more pixels
+first; of those that hold the same, the one that was not enlarged; then more bytes, then one that has a caption, then by
+content hash and key.
 """
 
 import polars as pl
 
 
-def keeper_rank(rows: pl.DataFrame) -> pl.Series:
-    """Rank of every row in keeper order: 0 = kept before all others. Rows that are not `ok` come last."""
+def keeper_rank(rows: pl.DataFrame, effective_pixels: pl.Series | None = None) -> pl.Series:
+    """Rank of every row in keeper order: 0 = kept before all others. Rows that are not `ok` come last.
+
+    effective_pixels: of `detail.effective_pixels`; None = width × height.
+    """
+    area = (pl.col("width").cast(pl.Int64) * pl.col("height").cast(pl.Int64)).fill_null(0)
     order = rows.with_row_index("row").sort(
         pl.col("status") != "ok",
-        -(pl.col("width").cast(pl.Int64) * pl.col("height").cast(pl.Int64)).fill_null(0),
+        -(area if effective_pixels is None else pl.lit(effective_pixels)),
+        area,
         -pl.col("size").fill_null(0),
         ~has_caption(),
         pl.col("sha256").fill_null(""),
@@ -45,3 +51,30 @@ def merge_captions(rows: pl.DataFrame) -> pl.Series:
     return rows.select(id="id").join(lists, left_on="id", right_on="owner", how="left", maintain_order="left")[
         "captions"
     ]
+
+
+def repeated_captions(rows: pl.DataFrame) -> dict[str, pl.DataFrame]:
+    """How pictures and captions repeat: tables with `caption` and `count` ≥ 2, one row a case, most frequent first.
+
+    rows: cluster_id, caption, status. A picture is a group of copies; a missing caption repeats nothing.
+    """
+    text = pl.col("caption").str.strip_chars()
+    said = rows.filter((pl.col("status") == "ok") & has_caption()).select("cluster_id", caption=text)
+    count = pl.len().cast(pl.Int64).alias("count")
+    both = said.group_by("cluster_id", "caption").agg(count)
+    usual = pl.col("caption").sort_by(-pl.col("count"), "caption").first()
+    tables = {
+        "same_image_same_caption": both,  # count: rows
+        "same_image_other_captions": both.group_by("cluster_id").agg(usual, count),  # count: captions
+        "same_caption_other_images": both.group_by("caption").agg(count),  # count: pictures
+    }
+    return {
+        name: table.filter(pl.col("count") > 1).sort(-pl.col("count"), "caption").select("count", "caption")
+        for name, table in tables.items()
+    }
+
+
+def count_captions(rows: pl.DataFrame) -> dict[str, dict[str, int]]:
+    """`repeated_captions` in numbers: cases, and the sum of their counts."""
+    tables = repeated_captions(rows)
+    return {name: {"cases": len(table), "total": int(table["count"].sum())} for name, table in tables.items()}

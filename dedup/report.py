@@ -13,19 +13,17 @@ import jinja2
 import numpy as np
 import polars as pl
 
-from dedup import gallery, manifest
+from dedup import gallery, manifest, policy
 from dedup.gallery import ALIKE, DUPLICATES, TURNED
 
 TEMPLATES = Path(__file__).parent / "templates"
 THUMBNAILS = 20_000  # about 60 MB and a minute on one core
 SOURCES = 100  # rows of the table of sources
+CAPTIONS = 3  # examples of repeated captions
 UNREADABLE = 500  # rows of the table of unreadable files
 MOSTLY = 0.5  # a source that loses more than this raises an alarm
 SIZES = ((2, 2), (3, 4), (5, 9), (10, 19), (20, 49), (50, 99), (100, None))
-HAMMING_STEP, HAMMING_BARS = (
-    2,
-    16,
-)  # a PDQ hash has as many ones as zeros, so distances are nearly always even
+HAMMING_STEP, HAMMING_BARS = 2, 16  # a PDQ hash has as many ones as zeros, so distances are nearly always even
 RESIDUAL_STEP, RESIDUAL_BARS = 0.01, 20
 UNSEEN = ("phash", "dhash", "pdq", "pdq_d4", "pixel_digest", "captions", "weight")  # columns not read
 
@@ -44,7 +42,7 @@ def write_report(out: Path, *, jobs: int = 0, thumbnails: int = THUMBNAILS) -> P
     listed = members.filter(pl.col("place") < gallery.MEMBERS)
     src = Path(run["src"])
     listed, made = gallery.write_thumbnails(src, report / "thumbs", listed, limit=thumbnails, jobs=jobs)
-    index = gallery.write_groups(report / "data", members, listed)
+    index = gallery.write_groups(src, report / "data", members, listed)
     manifest.write_text(report / "report.js", (TEMPLATES / "report.js").read_text(encoding="utf-8"))
     page = environment().get_template("dedup.html")
     text = page.render(
@@ -104,33 +102,18 @@ def _summarise(rows: pl.DataFrame, pairs: pl.DataFrame, members: pl.DataFrame) -
         "largest": int(sizes.max(initial=0)),
         "turned_kept": members.filter(pl.col("kind") == TURNED).height,
         "alike_kept": members.filter(pl.col("kind") == ALIKE).height,
-        "captions": count_captions(rows),
+        "captions": _describe_captions(rows),
         "charts": {"sizes": _size_bars(sizes)} | _distance_bars(pairs),
         "sources": count_sources(rows),
         "unreadable": unreadable.select("key", "status", "error", "size").to_dicts(),
     }
 
 
-def count_captions(rows: pl.DataFrame) -> dict[str, dict[str, Any]]:
-    """How pictures and captions repeat. A picture is a group of copies; a missing caption repeats nothing."""
-    text = pl.col("caption").str.strip_chars()
-    said = rows.filter((pl.col("status") == "ok") & (text != "")).select("cluster_id", caption=text)
-    count = pl.len().cast(pl.Int64).alias("count")
-    both = said.group_by("cluster_id", "caption").agg(count)
-    usual = pl.col("caption").sort_by(-pl.col("count"), "caption").first()
-    tables = {
-        "same_same": both,
-        "same_other": both.group_by("cluster_id").agg(usual, count),
-        "other_same": both.group_by("caption").agg(count),
-    }
-    repeated = {name: table.filter(pl.col("count") > 1) for name, table in tables.items()}
+def _describe_captions(rows: pl.DataFrame) -> dict[str, dict[str, Any]]:
+    """How pictures and captions repeat, each with its most frequent cases."""
     return {
-        name: {
-            "cases": len(table),
-            "total": int(table["count"].sum()),
-            "top": table.sort(-pl.col("count"), "caption").head(3).select("count", "caption").to_dicts(),
-        }
-        for name, table in repeated.items()
+        name: {"cases": len(table), "total": int(table["count"].sum()), "top": table.head(CAPTIONS).to_dicts()}
+        for name, table in policy.repeated_captions(rows).items()
     }
 
 
@@ -169,7 +152,8 @@ def _distance_bars(pairs: pl.DataFrame) -> dict[str, list[dict[str, Any]]]:
     for column, (step, number, form) in columns.items():
         bar = np.minimum((found[column].to_numpy() / step).astype(int), number - 1)
         parts = [np.bincount(bar[chosen], minlength=number).tolist() for chosen in (is_copy, ~is_copy)]
-        bars[column] = [{"label": form.format(n * step), "values": [part[n] for part in parts]} for n in range(number)]
+        labels = [form.format(n * step) for n in range(number - 1)] + [form.format((number - 1) * step) + "+"]
+        bars[column] = [{"label": label, "values": list(values)} for label, *values in zip(labels, *parts, strict=True)]
     return bars
 
 

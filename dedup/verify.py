@@ -1,27 +1,42 @@
 """Candidate pair → class and evidence. A hash match is a candidate, not a verdict.
 
 Perceptual hashes see grey gradients: a red heart and a blue one, flags of other colours, two clock faces may share one.
-So every candidate is compared on the colour thumbnails of both pictures, turned the same way: by the mean residual and
-by the residual of the worst tile. Small everywhere → `copy`; else → `look-alike`, reported and kept.
+So every candidate is looked at twice. First at the colour thumbnails of both pictures, turned the same way: the mean
+residual and that of the worst tile (cheap, rejects nearly everything). What passes is compared at up to DETAIL pixels
+a side, place by place: a mouth, a skin tone or a thin line is lost in a thumbnail. Small everywhere → `copy`; else →
+`look-alike`, reported and kept.
 """
 
 from typing import Protocol
 
+import cv2
 import numpy as np
 import polars as pl
 from scipy.ndimage import convolve1d
 
+from dedup.images import Decoded
 from dedup.manifest import ORIENTATIONS
 
 TILES = 8  # tiles a side: 4 × 4 pixels of a 32-pixel thumbnail
-# RMS over the whole thumbnail and over the worst tile, of 1. JPEG adds noise, resampling moves edges: a copy may differ
-# as much as JPEG does, or, once the thumbnails are smoothed, as little as resampling does. Measured on 2,248 OpenMoji
-# drawings at 128 and at 256 pixels (benchmarks/look_alikes.py, docs/benchmarks.md).
-MAX_DIFFERENCE = (0.02, 0.04)
-MAX_SMOOTHED = (0.006, 0.016)
+# First look: RMS over the whole thumbnail and over the worst tile, of 1. JPEG adds noise, resampling moves edges: a
+# copy may differ as much as JPEG does, or, once the thumbnails are smoothed, as little as resampling does.
+MAX_DIFFERENCE = (0.03, 0.06)
+MAX_SMOOTHED = (0.01, 0.025)
 SMOOTHING = np.array([0.25, 0.5, 0.25], np.float32)
 MIN_QUALITY = 50  # PDQ calls lower ones unfit for matching (ThreatExchange, pdq/README): those match by pixels only
 BLOCK = 4_096  # pairs compared at a time
+
+DETAIL = 256  # pixels a side of the second look, at most; never more than the smaller picture has
+WINDOW = 9  # pixels a side of a place, about a JPEG block
+NEIGHBOURHOOD = 17  # compression and resampling smear an edge about this far
+FLOOR = 0.08  # contrast that is granted to a place without any
+# Luma, and Cb and Cr (ITU-R BT.601) at half weight: lossy formats keep them at half the size and coarser.
+CHANNELS = np.array([[0.299, 0.587, 0.114], [-0.084, -0.166, 0.25], [0.25, -0.209, -0.041]], np.float32)
+# How far colour and pattern of a place may be off, in units of the contrast around it. Measured by
+# benchmarks/look_alikes.py (copies) and benchmarks/lost_unique.py (different pictures).
+MAX_LOSSY = (0.15, 0.4)
+MAX_LOSSLESS = (0.03, 0.03)  # equal size and no lossy format: only a palette or rounding can lie between copies
+LOSSY = frozenset(("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF", "GIF"))  # GIF by its dithered palette
 
 
 def orient(pictures: np.ndarray, orientation: int) -> np.ndarray:
@@ -58,9 +73,9 @@ class Indexable(Protocol):
 
 
 def verify_pairs(pairs: pl.DataFrame, thumbnails: Indexable) -> pl.DataFrame:
-    """Add residual, worst_tile, score and class to candidates (i, j, orientation number that turns j into i, hamming).
+    """First look: add residual, worst_tile, score and class to candidates (i, j, orientation number, hamming).
 
-    thumbnails: uint8 (rows, S, S, 3), indexed by i and j; may be memory-mapped.
+    The orientation turns j into i. thumbnails: uint8 (rows, S, S, 3), indexed by i and j; may be memory-mapped.
     """
     plain, smoothed = np.zeros((2, len(pairs), 2), np.float32)
     i, j, orientation = (pairs[c].to_numpy() for c in ("i", "j", "orientation"))
@@ -77,3 +92,44 @@ def verify_pairs(pairs: pl.DataFrame, thumbnails: Indexable) -> pl.DataFrame:
         worst_tile=worst_tile,
         score=(1 - pl.col("hamming") / 256) * (1 - residual),
     )
+
+
+def is_same_picture(a: Decoded, b: Decoded, orientation: int = 0) -> bool:
+    """Second look at one pair; the orientation number turns b into a.
+
+    A JPEG may have been decoded at reduced scale, with sides of at least DETAIL.
+    """
+    turned = orient(b.pixels[None], orientation)[0]
+    untouched = a.pixels.shape == turned.shape and LOSSY.isdisjoint((a.format, b.format))
+    limit = MAX_LOSSLESS if untouched else MAX_LOSSY
+    return all(off <= most for off, most in zip(local_differences(a.pixels, turned), limit, strict=True))
+
+
+def local_differences(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """uint8 (H, W, 3) twice, of any size → how far colour and pattern are off at the worst place, over its contrast.
+
+    Colour: distance of the window's means over CHANNELS. Pattern: with v the variances of the two windows and c their
+    covariance, √(2 (min(v) − c)). That is zero when one is the other, blurred or coarsely quantised (then c ≥ min(v):
+    what the flatter one shows stands in the other), and large when each shows something of its own. Both are divided
+    by the contrast around: the largest √min(v) of the NEIGHBOURHOOD, plus FLOOR.
+    """
+    size = (min(DETAIL, a.shape[1], b.shape[1]), min(DETAIL, a.shape[0], b.shape[0]))
+    x, y = (_shrink(picture, size) for picture in (a, b))
+    mean_x, mean_y = _blur(x), _blur(y)
+    variance = np.minimum((_blur(x * x) - mean_x**2).sum(axis=2), (_blur(y * y) - mean_y**2).sum(axis=2))
+    covariance = (_blur(x * y) - mean_x * mean_y).sum(axis=2)
+    colour = np.sqrt(((mean_x - mean_y) ** 2).sum(axis=2))
+    pattern = np.sqrt(np.maximum(2 * (variance - covariance), 0))
+    around = np.ones((NEIGHBOURHOOD, NEIGHBOURHOOD), np.uint8)
+    contrast = FLOOR + cv2.dilate(np.sqrt(np.maximum(variance, 0)), around)
+    return float((colour / contrast).max()), float((pattern / contrast).max())
+
+
+def _shrink(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 (H, W, 3) → float32 (h, w, 3) in CHANNELS, about −.5 … .5; size: (w, h), at most W × H."""
+    small = cv2.resize(np.ascontiguousarray(pixels), size, interpolation=cv2.INTER_AREA)
+    return (small.astype(np.float32) / 255 - 0.5) @ CHANNELS.T
+
+
+def _blur(values: np.ndarray) -> np.ndarray:
+    return cv2.blur(values, (WINDOW, WINDOW), borderType=cv2.BORDER_REPLICATE)

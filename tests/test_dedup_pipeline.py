@@ -17,7 +17,7 @@ def picture(seed: int, size: int = 160) -> Image.Image:
     """Noise at several scales, as photographs have it."""
     rng = np.random.default_rng(seed)
     total = np.zeros((160, 160, 3))
-    for cells in (3, 6, 12, 24, 48):
+    for cells in (3, 6, 12, 24, 48, 160):
         coarse = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
         total += np.asarray(coarse.resize((160, 160), Image.Resampling.BICUBIC), dtype=float) / cells**0.5
     image = Image.fromarray((total * (255 / total.max())).astype(np.uint8))

@@ -1,111 +1,125 @@
-"""A folder of images, searched recursively. Captions: a sidecar `X.txt` beside `X.jpg`, or imagefolder metadata.
+"""The images of a folder, however deep. Captions: imagefolder metadata, else `X.txt` or `X.json` beside `X.jpg`.
 
 imagefolder metadata is `metadata.csv|jsonl|parquet` with a `file_name` column (relative to the metadata file) and a
-caption column `text` or `caption`. Metadata wins over sidecars.
+caption column `text` or `caption`; the metadata file nearest to an image wins. `X.json` is an object with `caption`, as
+img2dataset writes it; the rows of its `00000.parquet` that failed are listed where that file stands in the order.
 """
 
-import hashlib
+import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import polars as pl
 
 from dedup.images import SUFFIXES
 from dedup.manifest import decode_name, encode_name
-from dedup.sources import Record, Shard, SourceError
+from dedup.sources import (
+    MAX_BYTES,
+    Record,
+    Shard,
+    SourceError,
+    digest_stamps,
+    img2dataset,
+    json_caption,
+    open_regular,
+    stamp_file,
+    text_caption,
+)
 
 FILES_PER_SHARD = 1_000
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 CAPTION_COLUMNS = ("text", "caption")
+# Everything in a CSV file is text: "007" is no number, and a first row of digits does not forbid words in the second.
 READERS: dict[str, Callable[[Path], pl.DataFrame]] = {
-    ".csv": pl.read_csv,
-    ".jsonl": pl.read_ndjson,
-    ".parquet": pl.read_parquet,
+    "metadata.csv": lambda path: pl.read_csv(path, infer_schema=False, encoding="utf8-lossy"),
+    "metadata.jsonl": lambda path: pl.read_ndjson(path, infer_schema_length=None),
+    "metadata.parquet": pl.read_parquet,
 }
 
 
-def list_shards(src: Path) -> list[Shard]:
-    """Files below `src` sorted by the bytes of their path, in runs of FILES_PER_SHARD.
-
-    Symbolic links to files are followed, links to folders are not (they may be circular).
-    """
-    files: list[tuple[str, str]] = []
-    unreadable: list[OSError] = []
-    for folder, _, names in os.walk(src, onerror=unreadable.append):
-        for name in names:
-            path = Path(folder) / name
-            key = encode_name(os.fsencode(path.relative_to(src)))
-            if path.suffix.lower() in SUFFIXES and not name.startswith("."):
-                files.append((key, _stamp(path)))
-    if unreadable:
-        raise SourceError(f"{unreadable[0].filename!r}: cannot be listed ({unreadable[0].strerror})")
-    files.sort()
+def list_shards(src: Path, files: Sequence[str]) -> list[Shard]:
+    """The images among `files` (paths relative to `src`, in order), in runs of FILES_PER_SHARD."""
+    present = set(files)
+    captions = _read_metadata(src, files)
+    found = []
+    for file in files:
+        stem, _, suffix = file.rpartition(".")
+        if f".{suffix.lower()}" in SUFFIXES:
+            beside = [name for name in (f"{stem}.txt", f"{stem}.json") if name in present]
+        elif suffix == "parquet" and (src / stem).is_dir():
+            beside = []
+        else:
+            continue
+        stamps = [stamp_file(f"{src}/{name}") for name in (file, *beside)]
+        found.append((encode_name(os.fsencode(file)), captions.get(file), stamps))
     shards = []
-    for start in range(0, len(files), FILES_PER_SHARD):
-        part = files[start : start + FILES_PER_SHARD]
-        fingerprint = hashlib.sha256(repr(part).encode()).hexdigest()[:16]
-        shards.append(Shard("folder", str(src), None, tuple(key for key, _ in part), fingerprint))
+    for start in range(0, len(found), FILES_PER_SHARD):
+        part = found[start : start + FILES_PER_SHARD]
+        members, told, _ = zip(*part, strict=True)
+        shards.append(Shard("folder", str(src), None, members, told, digest_stamps(part)))
     return shards
 
 
-def _stamp(path: Path) -> str:
+def _read_metadata(src: Path, files: Sequence[str]) -> dict[str, str]:
+    """Path → caption from all metadata files."""
+    captions: dict[str, str] = {}
+    paths = [Path(name) for name in files if name.rpartition("/")[2] in READERS]
+    for path in sorted(paths, key=lambda path: -len(path.parts)):
+        for name, caption in _read_table(src / path):
+            captions.setdefault((path.parent / name).as_posix(), caption)
+    return captions
+
+
+def _read_table(path: Path) -> list[tuple[str, str]]:
     try:
-        stat = path.stat()
-    except OSError:
-        return "missing"
-    return f"{stat.st_size}:{stat.st_mtime_ns}"
+        open_regular(path).close()
+        table = READERS[path.name](path)
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise SourceError(f"{path}: cannot be read ({str(error).partition('\n')[0]})") from error
+    columns = [name for name in CAPTION_COLUMNS if name in table.columns]
+    if "file_name" not in table.columns or not columns:
+        raise SourceError(
+            f"{path}: needs the columns file_name and {' or '.join(CAPTION_COLUMNS)}; it has {', '.join(table.columns)}"
+        )
+    return table.select("file_name", pl.col(columns[0]).cast(pl.String)).drop_nulls().rows()
 
 
 def read_shard(shard: Shard) -> Iterator[Record]:
     root = Path(shard.root)
-    metadata: dict[Path, dict[str, str]] = {}
-    for key in shard.members:
-        path = root / os.fsdecode(decode_name(key))
-        caption = _metadata_caption(path, root, metadata)
+    for key, caption in zip(shard.members, shard.captions, strict=True):
+        path = _find(root, key)
+        if path.suffix == ".parquet":
+            yield from img2dataset.read_failed(path, key.removesuffix("parquet").removesuffix(".") + "/")
+            continue
         if caption is None:
-            caption = _sidecar_caption(path)
+            caption = _caption_beside(path)
         try:
-            data = path.read_bytes()
+            data = _read(path)
         except OSError as error:
             yield Record(key, 0, 0, None, caption, error.strerror)
             continue
         yield Record(key, 0, len(data), data, caption)
 
 
-def _sidecar_caption(path: Path) -> str | None:
-    try:
-        return path.with_suffix(".txt").read_bytes().decode("utf-8", "replace").strip()
-    except OSError:
-        return None
+def _find(root: Path, key: str) -> Path:
+    return root / os.fsdecode(decode_name(key))
 
 
-def _metadata_caption(path: Path, root: Path, cache: dict[Path, dict[str, str]]) -> str | None:
-    """Caption from the nearest metadata file at or above the image that names it."""
-    folder = path.parent
-    while True:
-        if folder not in cache:
-            cache[folder] = read_metadata(folder)
-        caption = cache[folder].get(path.relative_to(folder).as_posix())
-        if caption is not None or folder == root:
-            return caption
-        folder = folder.parent
+def _read(path: Path) -> bytes:
+    with open_regular(path) as handle:
+        if os.fstat(handle.fileno()).st_size > MAX_BYTES:
+            raise OSError(errno.EFBIG, f"more than {MAX_BYTES:,} bytes", str(path))
+        return handle.read()
 
 
-def read_metadata(folder: Path) -> dict[str, str]:
-    """`file_name` → caption from an imagefolder metadata file of this folder; empty when there is none."""
-    path = next((folder / name for name in METADATA if (folder / name).exists()), None)
-    if path is None:
-        return {}
-    table = READERS[path.suffix](path)
-    columns = [c for c in CAPTION_COLUMNS if c in table.columns]
-    if "file_name" not in table.columns or not columns:
-        raise SourceError(
-            f"{path}: needs the columns file_name and {' or '.join(CAPTION_COLUMNS)}; it has {', '.join(table.columns)}"
-        )
-    rows = table.select("file_name", pl.col(columns[0]).cast(pl.String)).drop_nulls()
-    return dict(rows.iter_rows())
+def _caption_beside(path: Path) -> str | None:
+    for suffix, parse in ((".txt", text_caption), (".json", json_caption)):
+        try:
+            return parse(_read(path.with_suffix(suffix)))
+        except OSError:
+            continue
+    return None
 
 
-def read_image(src: Path, key: str) -> bytes:
-    return (src / os.fsdecode(decode_name(key))).read_bytes()
+def read_image(root: Path, key: str) -> bytes:
+    return _read(_find(root, key))

@@ -10,6 +10,11 @@ const TURNS = {
   r90: "turned 90° left", r180: "turned 180°", r270: "turned 90° right", m0: "mirrored",
   m90: "mirrored, turned 90° left", m180: "mirrored upside down", m270: "mirrored, turned 90° right",
 };
+// The same as CSS: the rightmost step comes first, and angles run clockwise.
+const UNTURN = {
+  r90: "rotate(-90deg)", r180: "rotate(180deg)", r270: "rotate(90deg)", m0: "scaleX(-1)",
+  m90: "rotate(-90deg) scaleX(-1)", m180: "rotate(180deg) scaleX(-1)", m270: "rotate(90deg) scaleX(-1)",
+};
 
 let index = null;
 let shown = []; // numbers of the groups that pass the filters, in order
@@ -18,6 +23,7 @@ let turn = 0; // grows with every change, so that a slow search knows that it is
 const chunks = new Map(); // chunk → promise of its groups
 const waiting = new Map(); // chunk → resolve
 const texts = []; // chunk → searchable text of its groups
+let compared = null; // the button of the two images that the dialog shows
 
 function receive(name, value) {
   if (name === "index") start(value);
@@ -111,7 +117,9 @@ async function draw() {
   }));
   if (mine !== turn || at !== page) return;
   list.replaceChildren(...groups.map(drawGroup));
-  if (!groups.length) list.append(element("p", "empty", "No group fits these filters."));
+  if (!groups.length) {
+    list.append(element("p", "empty", index.size.length ? "No group fits these filters." : "No two images were found alike."));
+  }
   const pages = Math.max(1, Math.ceil(shown.length / GROUPS_PER_PAGE));
   const many = (n) => n.toLocaleString("en");
   say(`${many(shown.length)} ${shown.length === 1 ? "group" : "groups"} · page ${many(page + 1)} of ${many(pages)}`);
@@ -146,7 +154,7 @@ function drawGroup(group) {
   article.firstChild.append(element("p", "", alike ? "all kept" : `${removed} removed, ${total - removed} kept`));
   const members = element("ul", "members");
   article.append(members);
-  const show = (some) => members.append(...some.map((row) => drawMember(row, rows[0])));
+  const show = (some) => members.append(...some.map((row) => drawMember(row, rows)));
   show(rows.slice(0, MEMBERS_SHOWN));
   if (rows.length > MEMBERS_SHOWN) {
     const button = element("button", "more", `Show ${rows.length - MEMBERS_SHOWN} more`);
@@ -163,22 +171,92 @@ function drawGroup(group) {
   return article;
 }
 
-function drawMember(row, first) {
-  const isFirst = row === first;
-  const tags = {
-    keeper: ["kept", "kept"], removed: ["removed", ""], "also-kept": [`${TURNS[row.orientation] || "copy"} · kept`, "also-kept"],
-    "look-alike": ["kept", "also-kept"],
-  };
-  const [label, tone] = tags[row.role];
-  const text = element("div", "", element("span", `tag ${tone}`, label));
+function drawMember(row, rows) {
+  const isFirst = row === rows[0];
+  const partner = rows.find((other) => other.key === row.partner) || rows[0];
+  const text = element("div", "", drawTag(row));
   if (row.caption === null) text.append(element("p", "same", "no caption"));
-  else if (!isFirst && row.caption === first.caption) text.append(element("p", "same", "same caption"));
+  else if (!isFirst && row.caption === rows[0].caption) text.append(element("p", "same", "same caption"));
   else text.append(untrusted("caption", row.caption));
   text.append(untrusted("key-line", row.key));
-  text.append(element("p", "details", `${row.width} × ${row.height} ${row.format || ""} · ${bytes(row.size)}`));
-  if (row.signal) text.append(element("p", "details", describeEvidence(row)));
+  text.append(element("p", "details", describeFile(row)));
+  if (row.signal) text.append(element("p", "details", describeEvidence(row, partner)));
   if (row.partner) text.append(untrusted("details", `${row.role === "removed" ? "removed against" : "nearest to"} ${row.partner}`));
-  return element("li", `member ${isFirst && row.role === "keeper" ? "keeper" : ""}`, drawThumb(row), text);
+  const thumb = element(isFirst ? "div" : "button", "thumb", drawImage(row, thumbOf(row)));
+  if (!isFirst) {
+    thumb.type = "button";
+    thumb.setAttribute("aria-label", `Compare ${row.key}`);
+    thumb.onclick = () => compare(thumb, partner, row);
+  }
+  return element("li", `member ${isFirst && row.role === "keeper" ? "keeper" : ""}`, thumb, text);
+}
+
+function drawTag(row) {
+  const [label, tone] = {
+    keeper: ["kept", "kept"], removed: ["removed", ""], "also-kept": [`${TURNS[row.orientation] || "copy"} · kept`, "also-kept"],
+    "look-alike": ["kept", "also-kept"],
+  }[row.role];
+  return element("span", `tag ${tone}`, label);
+}
+
+function describeFile(row) {
+  return `${row.width} × ${row.height} ${row.format || ""} · ${bytes(row.size)}${row.shard === null ? "" : ` · ${row.shard}`}`;
+}
+
+// Two images side by side, as large as they are at hand, and what differs: the one turned onto the other, subtracted.
+function compare(button, left, right) {
+  compared = button;
+  const dialog = document.getElementById("compare");
+  const large = (row) => drawImage(row, fileOf(row), thumbOf(row));
+  const sides = [left, right].map((row) => {
+    const link = element("a", "side", large(row));
+    if (fileOf(row)) Object.assign(link, { href: fileOf(row), target: "_blank" });
+    const caption = untrusted("caption", row.caption ?? "no caption");
+    const about = element("figcaption", "", drawTag(row), untrusted("key-line", row.key), element("p", "details", describeFile(row)), caption);
+    return element("figure", "", link, about);
+  });
+  const [below, above] = [left, right].map(large);
+  below.style.transform = UNTURN[right.orientation] || "";
+  const note = element("p", "details", "Difference, four times as bright: black where both agree.");
+  sides.push(element("figure", "", element("div", "side difference", below, above), element("figcaption", "", note)));
+  document.getElementById("compare-title").textContent = right.role === "removed" ? "Is this the same picture?" : "What is the difference?";
+  document.getElementById("compare-evidence").textContent = describeEvidence(right, left);
+  document.getElementById("compare-sides").replaceChildren(...sides);
+  if (!dialog.open) dialog.showModal();
+}
+
+async function compareNext(step) {
+  const buttons = () => [...document.querySelectorAll("button.thumb")];
+  const next = buttons()[buttons().indexOf(compared) + step];
+  if (next) return next.click();
+  const turner = document.querySelector(`[data-step="${step}"]`);
+  if (turner.disabled) return;
+  page += step;
+  await draw();
+  buttons().at(step > 0 ? 0 : -1)?.click();
+}
+
+// Where an image of its own lies. `%XX` in a key stands for a byte, as it does in an address.
+function fileOf(row) {
+  if (!index.base || row.shard !== null) return null;
+  const parts = row.key.split(/(%[0-9a-f]{2})/i);
+  return index.base + parts.map((part, i) => (i % 2 ? part : encodeURIComponent(part).replaceAll("%2F", "/"))).join("");
+}
+
+function thumbOf(row) {
+  return /^[0-9a-f]{20}$/.test(row.thumb || "") ? `thumbs/${row.thumb.slice(0, 2)}/${row.thumb}.jpg` : null;
+}
+
+// The first of the addresses that can be read and shown.
+function drawImage(row, ...addresses) {
+  const left = addresses.filter(Boolean);
+  if (!left.length) return element("span", "", "no thumbnail");
+  const image = element("img");
+  image.loading = "lazy";
+  image.alt = row.caption || row.key;
+  image.onerror = () => { if (left.length) image.src = left.shift(); };
+  image.src = left.shift();
+  return image;
 }
 
 function untrusted(className, text) {
@@ -188,7 +266,7 @@ function untrusted(className, text) {
   return node;
 }
 
-function describeEvidence(row) {
+function describeEvidence(row, partner) {
   const parts = [SIGNALS[row.signal] || row.signal];
   if (row.signal !== "bytes") {
     if (row.hamming !== null) parts.push(`${row.hamming} bits`);
@@ -197,21 +275,10 @@ function describeEvidence(row) {
     if (row.score !== null) parts.push(`score ${row.score.toFixed(3)}`);
     if (row.role !== "also-kept" && TURNS[row.orientation]) parts.push(TURNS[row.orientation]);
   }
+  if (row.role === "removed" && row.width * row.height > partner.width * partner.height) parts.push("enlarged: no more detail");
   if (row.class === "same-scene") parts.unshift("same scene");
   if (row.reason === "policy" || row.reason === "external") parts.unshift(`removed by ${row.reason}`);
   return parts.join(" · ");
-}
-
-function drawThumb(row) {
-  const box = element("div", "thumb");
-  if (/^[0-9a-f]{20}$/.test(row.thumb || "")) {
-    const image = element("img");
-    image.loading = "lazy";
-    image.alt = row.caption || row.key;
-    image.src = `thumbs/${row.thumb.slice(0, 2)}/${row.thumb}.jpg`;
-    box.append(image);
-  } else box.append("no thumbnail");
-  return box;
 }
 
 function bytes(n) {
@@ -237,6 +304,22 @@ function start(value) {
     button.addEventListener("click", () => {
       page += Number(button.dataset.step);
       draw().then(() => document.getElementById("groups").scrollIntoView(), complain);
+    });
+  }
+  const dialog = document.getElementById("compare");
+  dialog.addEventListener("keydown", (event) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (step) compareNext(step).catch(complain);
+  });
+  dialog.addEventListener("close", () => compared.focus());
+  for (const button of dialog.querySelectorAll("[data-compare]")) {
+    const step = Number(button.dataset.compare);
+    button.addEventListener("click", () => (step ? compareNext(step).catch(complain) : dialog.close()));
+  }
+  for (const button of document.querySelectorAll("[data-source]")) {
+    button.addEventListener("click", () => {
+      form.elements.source.value = index.source_names.indexOf(button.dataset.source);
+      applyFilters().then(() => document.getElementById("groups").scrollIntoView(), complain);
     });
   }
   applyFilters().catch(complain);

@@ -1,0 +1,74 @@
+"""The second reading: what only rows need that the search has paired up. Colours, exact pixels, a close comparison.
+
+In: locations of rows. Out: their thumbnails, digests, verdicts. Each function is a task for a worker. A file that is no
+longer the one that was hashed is an error.
+"""
+
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+
+from dedup import detail, hashing, images, manifest, sources, verify
+from dedup.fingerprint import DecodeOptions
+
+LOCATION = ["shard", "offset", "size", "key", "sha256"]
+THUMBNAIL = 32
+SIDE = 128  # JPEGs may be decoded at reduced scale down to this side before they become thumbnails
+REMEMBERED = 64  # pictures that a worker keeps decoded while it compares pairs
+
+
+def read_again(src: Path, row: tuple, options: DecodeOptions, *, min_side: int | None = None) -> images.Decoded:
+    """Decode the picture at a LOCATION. Raises SourceError, ImageError."""
+    *place, sha256 = row
+    data = sources.read_image(src, *place)
+    if hashing.digest(data) != sha256:
+        raise sources.SourceError(f"{src}: {place[-1]} has changed while it was read; run again")
+    limits = {"max_pixels": options.max_pixels, "max_frames": options.max_frames}
+    return images.decode(data, min_side=min_side, montage=True, **limits)
+
+
+def make_thumbnails(src: Path, rows: list[tuple], path: Path, options: DecodeOptions) -> None:
+    """Write uint8 (rows, 32, 32, 3) to `path`, unless it is there."""
+    if path.exists():
+        return
+    thumbnails = np.zeros((len(rows), THUMBNAIL, THUMBNAIL, 3), np.uint8)
+    for number, row in enumerate(rows):
+        thumbnails[number] = images.shrink(read_again(src, row, options, min_side=SIDE).pixels, THUMBNAIL)
+    manifest.write_atomic(path, partial(_save, array=thumbnails))
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with path.open("wb") as handle:  # np.save would append .npy to the temporary name
+        np.save(handle, array)
+
+
+class Thumbnails:
+    """uint8 (n, 32, 32, 3) by row number, read from disk where they are indexed."""
+
+    def __init__(self, ids: np.ndarray, paths: list[Path], rows_per_file: int) -> None:
+        self.ids, self.rows_per_file = ids, rows_per_file
+        self.parts = [np.load(path, mmap_mode="r") for path in paths]
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        taken = np.empty((len(rows), THUMBNAIL, THUMBNAIL, 3), np.uint8)
+        part, place = np.divmod(np.searchsorted(self.ids, rows), self.rows_per_file)
+        for number in np.unique(part):
+            taken[part == number] = self.parts[number][place[part == number]]
+        return taken
+
+
+def digest_pixels(src: Path, rows: list[tuple], options: DecodeOptions) -> list[str]:
+    """Digests of all pixels."""
+    return [hashing.pixel_digest(read_again(src, row, options).pixels) for row in rows]
+
+
+def confirm_pairs(src: Path, pairs: list[tuple], options: DecodeOptions) -> list[bool]:
+    """(location of a, location of b, number of the orientation that turns a into b) → whether they hold up close."""
+    load = lru_cache(REMEMBERED)(lambda row: read_again(src, row, options, min_side=verify.DETAIL))
+    return [verify.is_same_picture(load(b), load(a), orientation) for a, b, orientation in pairs]
+
+
+def measure_detail(src: Path, rows: list[tuple], options: DecodeOptions) -> list[np.ndarray]:
+    """Power spectra (`detail.power_spectrum`)."""
+    return [detail.power_spectrum(read_again(src, row, options).pixels) for row in rows]
