@@ -102,7 +102,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         write(Path(temporary))
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
-    except OSError as error:
+    except (OSError, pl.exceptions.ComputeError) as error:  # polars wraps some of the former in the latter
         Path(temporary).unlink(missing_ok=True)
         raise OSError(f"{path}: cannot be written ({error}): is the disk full?") from error
     except BaseException:

@@ -78,7 +78,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(tmp_path: Path) -> No
     assert full.returncode == 3
     assert "is the disk full?" in full.stderr
     assert full.stderr.count("\n") == 1
-    assert not list((tmp_path / "out").rglob(".*.npy*"))
+    assert not list((tmp_path / "out").rglob(".*.parquet*"))
     assert unmemorize(*words).returncode == 0
 
 
