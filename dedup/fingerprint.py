@@ -17,7 +17,7 @@ from dedup.manifest import SCHEMA, write_atomic
 
 JPEG_SIDE = 128  # JPEGs may be decoded at reduced scale down to this side: PDQ then moves by at most 8 bits of 256
 BATCH = 256  # rows hashed together; never crosses a shard, so results do not depend on the number of workers
-COLUMNS = [
+COLUMNS = [  # and `link`, which only the keeper order needs
     *("source", "shard", "offset", "size", "key", "caption", "width", "height", "format", "status", "error"),
     *("sha256", "phash", "dhash", "pdq", "pdq_d4", "pdq_quality"),
 ]
@@ -52,16 +52,18 @@ def fingerprint_shard(shard: sources.Shard, index: int, work: Path, options: Dec
     except sources.SourceError as error:  # what was read before the damage stays
         key = shard.name or ""
         row = dict.fromkeys(COLUMNS) | _location(shard, key) | {"key": key, "offset": 0, "size": 0}
-        rows.append(row | {"status": "unreadable", "error": str(error)})
+        rows.append(row | {"status": "unreadable", "error": str(error), "link": False})
     _hash_batch(pending)
-    frame = pl.DataFrame(rows, schema={column: SCHEMA[column] for column in COLUMNS})
+    frame = pl.DataFrame(rows, schema={column: SCHEMA[column] for column in COLUMNS} | {"link": pl.Boolean})
     write_atomic(path, frame.write_parquet)
     return len(frame), int((frame["status"] != "ok").sum())
 
 
 def _location(shard: sources.Shard, key: str) -> dict[str, str | None]:
-    folder = key.split("/")[0] if "/" in key else Path(shard.root).name
-    return {"source": folder, "shard": shard.name}
+    """The sub-source is the top folder of the file or shard; names such as `../x` and `/x` say nothing."""
+    top, slash, _ = (shard.name if shard.name and "/" in shard.name else key).partition("/")
+    named = slash and top not in ("", ".", "..")
+    return {"source": top if named else Path(shard.root).name, "shard": shard.name}
 
 
 def _fingerprint_record(
@@ -73,6 +75,7 @@ def _fingerprint_record(
     """One row without its hashes; they are filled in by `_hash_batch`."""
     row = dict.fromkeys(COLUMNS) | _location(shard, record.key)
     row |= {"key": record.key, "offset": record.offset, "size": record.size, "caption": record.caption}
+    row["link"] = record.link
     if record.data is None:
         return row | {"status": "missing", "error": record.error}
     row["sha256"] = hashing.digest(record.data)

@@ -7,6 +7,8 @@ training.
 
 import io
 import struct
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -16,13 +18,25 @@ from PIL import Image
 
 MAX_PIXELS = 100_000_000
 MAX_FRAMES = 1_000
-# Formats with a decoder in Pillow itself. EPS, for one, would start an outside program on untrusted bytes.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "PPM", "TGA", "JPEG2000", "ICO")
+# Formats with a decoder in Pillow itself. EPS, for one, would start an outside program on untrusted bytes. TGA has no
+# signature, so it is tried last.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "PPM", "JPEG2000", "ICO", "TGA")
+# What people have beside those: (offset, signature) → name.
+UNSUPPORTED = {
+    (4, b"ftyphei"): "HEIC",
+    (4, b"ftypmif1"): "HEIF",
+    (0, b"\xff\x0a"): "JPEG XL",
+    (4, b"JXL "): "JPEG XL",
+    (0, b"8BPS"): "Photoshop",
+}
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit stands before ours and cannot be raised by an option
+warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of a damaged file becomes its status
 SUFFIXES = frozenset(
     f".{suffix}"
     for suffix in (
         *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif"),
-        *("ppm", "pgm", "pbm", "pnm", "tga", "jp2", "ico"),
+        *("ppm", "pgm", "pbm", "pnm", "tga", "jp2", "j2k", "ico", "mpo"),
+        *("heic", "heif", "jxl", "psd"),  # rows that say `unsupported`
     )
 )
 
@@ -80,9 +94,10 @@ def decode(
             return _decode_open(image, min_side, montage, max_pixels, max_frames)
     except ImageError:
         raise
-    except Image.DecompressionBombError as error:
-        raise ImageError("too-large", str(error)) from error
     except Image.UnidentifiedImageError as error:
+        for (offset, signature), name in UNSUPPORTED.items():
+            if data.startswith(signature, offset):
+                raise ImageError("unsupported", f"{name} is not read: convert it first") from error
         raise ImageError("unreadable", f"not an image ({data[:8]!r}…)") from error
     except MemoryError as error:
         raise ImageError("too-large", "out of memory while decoding") from error
@@ -148,8 +163,7 @@ def _decode_open(image: Image.Image, min_side: int | None, montage: bool, max_pi
     orientation = _exif_orientation(image)
     transpose = EXIF_TRANSPOSE.get(orientation)
     if frames > 1 and montage and kind != "TIFF":  # the pages of a TIFF are no animation
-        wanted = sorted({0, frames // 2, frames - 1})
-        pixels = np.concatenate([_frame(image, number, transpose) for number in wanted])
+        pixels = _stack([_upright(image, transpose), *_later_frames(image, frames, transpose)])
     else:
         pixels = _upright(image, transpose)
     if orientation in SWAPS_SIDES:
@@ -157,9 +171,23 @@ def _decode_open(image: Image.Image, min_side: int | None, montage: bool, max_pi
     return Decoded(pixels, width, height, kind)
 
 
-def _frame(image: Image.Image, number: int, transpose: Image.Transpose | None) -> np.ndarray:
-    image.seek(number)
-    return _upright(image, transpose)
+def _later_frames(image: Image.Image, frames: int, transpose: Image.Transpose | None) -> Iterator[np.ndarray]:
+    """The middle and the last frame, as far as they can be read: one that is damaged does not spoil the first."""
+    for number in sorted({frames // 2, frames - 1} - {0}):
+        try:
+            image.seek(number)
+            yield _upright(image, transpose)
+        except (OSError, ValueError, SyntaxError, EOFError):
+            return
+
+
+def _stack(pictures: list[np.ndarray]) -> np.ndarray:
+    """One above the other, on white where they are narrower than the widest."""
+    width = max(picture.shape[1] for picture in pictures)
+    margins = [((0, 0), (0, width - picture.shape[1]), (0, 0)) for picture in pictures]
+    return np.concatenate(
+        [np.pad(picture, margin, constant_values=255) for picture, margin in zip(pictures, margins, strict=True)]
+    )
 
 
 def _upright(image: Image.Image, transpose: Image.Transpose | None) -> np.ndarray:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -59,6 +60,8 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
         with _timed(seconds, "fingerprint"):
             work = _prepare(out, src, shards, options)
             rows = _fingerprint(shards, work / "signatures", decode, workers)
+        if rows.is_empty():
+            raise sources.SourceError(f"{src}: its shards hold no samples")
         rows = rows.with_columns(rank=policy.keeper_rank(rows))
         with _timed(seconds, "search"):
             candidates = find_candidates(rows, options, workers.jobs)
@@ -72,6 +75,14 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
             run = write_outputs(out, src, shards, table, pairs, options)
         manifest.write_json(out / "timings.json", {k: round(v, 3) for k, v in seconds.items()})
     return run
+
+
+def resolve_level(level: str, out: Path) -> str:
+    """What `auto` means: the level of the run that OUT holds, else the best there is."""
+    recorded = out / ".work" / "options.json"
+    if level != "auto":
+        return level
+    return manifest.read_json(recorded)["options"]["level"] if recorded.exists() else "hash"
 
 
 @contextmanager
@@ -222,7 +233,7 @@ def write_outputs(
     return run
 
 
-def count(table: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, int | dict[str, int]]:
+def count(table: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, Any]:
     """What happened to the rows, in numbers."""
     dropped = table.filter(pl.col("kept_id").is_not_null())
     unreadable = table.filter(pl.col("status") != "ok")
@@ -237,4 +248,5 @@ def count(table: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, int | dict[str,
         "bytes": int(table["size"].sum()),
         "bytes_dropped": int(dropped["size"].sum()),
         "without_caption": int(table.filter(~policy.has_caption())["id"].len()),
+        "captions": policy.count_captions(table),
     }

@@ -2,7 +2,7 @@
 
 Keeper order is a total order of the rows, independent of the order of arrival: the picture that holds more pixels
 first; of those that hold the same, the one that was not enlarged; then more bytes, then one that has a caption, then by
-content hash and key.
+content hash, then a file before a link to it, then by key.
 """
 
 import polars as pl
@@ -21,6 +21,7 @@ def keeper_rank(rows: pl.DataFrame, effective_pixels: pl.Series | None = None) -
         -pl.col("size").fill_null(0),
         ~has_caption(),
         pl.col("sha256").fill_null(""),
+        "link",
         "key",
         "row",
     )["row"]

@@ -25,7 +25,16 @@ MOSTLY = 0.5  # a source that loses more than this raises an alarm
 SIZES = ((2, 2), (3, 4), (5, 9), (10, 19), (20, 49), (50, 99), (100, None))
 HAMMING_STEP, HAMMING_BARS = 2, 16  # a PDQ hash has as many ones as zeros, so distances are nearly always even
 RESIDUAL_STEP, RESIDUAL_BARS = 0.01, 20
-UNSEEN = ("phash", "dhash", "pdq", "pdq_d4", "pixel_digest", "captions", "weight")  # columns not read
+UNSEEN = (
+    "phash",
+    "dhash",
+    "pdq",
+    "pdq_d4",
+    "pixel_digest",
+    "captions",
+    "weight",
+    "effective_pixels",
+)  # columns not read
 
 
 def write_report(out: Path, *, jobs: int = 0, thumbnails: int = THUMBNAILS) -> Path:

@@ -465,5 +465,6 @@ def test_what_is_no_source(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_archive_without_members_is_no_crash(tmp_path: Path) -> None:
-    assert run(fill(tmp_path / "src", {"x.tar": pack({})}), tmp_path / "out") == {}
+def test_shards_without_samples_say_so(tmp_path: Path) -> None:
+    with pytest.raises(sources.SourceError, match="hold no samples"):
+        run(fill(tmp_path / "src", {"x.tar": pack({})}), tmp_path / "out")

@@ -96,3 +96,44 @@ def test_square_pads_with_white_and_never_asks_for_much() -> None:
     wide = images.square(np.zeros((20, 40, 3), np.uint8), 32)
     assert (wide[:7] == 255).all()
     assert (wide[9:23] == 0).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("scale", [1, 2, 4])
+def test_luma_of_a_jpeg_is_that_of_its_colours(gradient: np.ndarray, orientation: int, scale: int) -> None:
+    picture = Image.fromarray(np.kron(gradient, np.ones((scale, scale, 1), np.uint8)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(picture, "JPEG", quality=95, exif=exif)
+    full = images.decode(data)
+    luma = images.decode_luma(data, min_side=40)
+    assert (luma.width, luma.height) == (full.width, full.height)
+    assert min(luma.image.size) == 40
+    grey = Image.fromarray(full.pixels).convert("L").reduce(scale)
+    assert np.abs(np.asarray(luma.image, int) - np.asarray(grey, int)).max() <= 4
+
+
+def test_what_the_fast_decoder_refuses_goes_the_slow_way(gradient: np.ndarray) -> None:
+    for mode in ("CMYK", "L"):
+        data = encode(Image.fromarray(gradient).convert(mode), "JPEG")
+        luma = images.decode_luma(data, min_side=16)
+        assert (
+            np.abs(np.asarray(luma.image, int).mean() - np.asarray(Image.fromarray(gradient).convert("L")).mean()) < 3
+        )
+    with pytest.raises(images.ImageError, match="truncated"):
+        images.decode_luma(encode(Image.fromarray(gradient), "JPEG")[:-300], min_side=16)
+
+
+def test_a_damaged_later_frame_does_not_spoil_the_first(gradient: np.ndarray) -> None:
+    frames = [Image.fromarray(gradient), Image.fromarray(255 - gradient), Image.fromarray(gradient[::-1])]
+    whole = encode(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    assert len(images.decode(whole, montage=True).pixels) == 3 * len(gradient)
+    cut = whole[: whole.rindex(b"fdAT") + 8]
+    assert 1 <= len(images.decode(cut, montage=True).pixels) / len(gradient) < 3
+
+
+@pytest.mark.parametrize("head", [b"\0\0\0\x18ftypheic", b"\xff\x0a", b"8BPS"])
+def test_formats_without_a_decoder_say_so(head: bytes) -> None:
+    with pytest.raises(images.ImageError, match="convert it first") as error:
+        images.decode(head + bytes(100))
+    assert error.value.status == "unsupported"

@@ -4,13 +4,14 @@ import io
 import tarfile
 from pathlib import Path
 
+import imagehash
 import numpy as np
 import polars as pl
 import pytest
 from PIL import Image
 
 from dedup import manifest, sources
-from dedup.pipeline import Options, OptionsError, deduplicate
+from dedup.pipeline import Options, OptionsError, deduplicate, resolve_level
 
 
 def picture(seed: int, size: int = 160) -> Image.Image:
@@ -141,3 +142,37 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
 def test_names_survive_whatever_their_bytes() -> None:
     for name in (b"plain.png", b"50%25.png", b"a%41.png", b"\xff\xfe.png", b"new\nline.png", "größe.png".encode()):
         assert manifest.decode_name(manifest.encode_name(name)) == name
+
+
+def test_auto_goes_on_with_the_level_of_the_run(folder: Path, tmp_path: Path) -> None:
+    assert resolve_level("auto", tmp_path / "out") == "hash"
+    deduplicate(folder, tmp_path / "out", Options("exact"))
+    assert resolve_level("auto", tmp_path / "out") == "exact"
+    assert resolve_level("hash", tmp_path / "out") == "hash"
+
+
+def test_exact_hashing_is_imagehash_itself(folder: Path, tmp_path: Path) -> None:
+    deduplicate(folder, tmp_path / "out", Options(hash_decode="exact"))
+    for key, row in by_key(tmp_path / "out").items():
+        if row["status"] == "ok":
+            assert row["phash"] == str(imagehash.phash(Image.open(folder / key)))
+            assert row["dhash"] == str(imagehash.dhash(Image.open(folder / key)))
+
+
+def test_an_enlarged_copy_does_not_win(tmp_path: Path) -> None:
+    """Nor do its byte-equal copies: they go where the first of them went."""
+    src = tmp_path / "src"
+    src.mkdir()
+    original = picture(7)
+    large = encode(original.resize((320, 320), Image.Resampling.BICUBIC), "PNG")
+    for name, data in {"a.png": large, "b.png": large, "c.png": encode(original, "PNG")}.items():
+        (src / name).write_bytes(data)
+    deduplicate(src, tmp_path / "out", Options())
+    rows = by_key(tmp_path / "out")
+    assert [key for key, row in rows.items() if row["keep"]] == ["c.png"]
+    assert {rows[key]["kept_id"] for key in ("a.png", "b.png")} == {rows["c.png"]["id"]}
+    assert rows["a.png"]["effective_pixels"] == 160 * 160
+    assert {row["cluster_id"] for row in rows.values()} == {rows["c.png"]["id"]}
+    dropped = pl.read_csv(tmp_path / "out" / "dropped.csv")
+    assert dropped["signal"].to_list() == ["pdq", "pdq"]
+    assert (src / "c.png").name in (tmp_path / "out" / "kept.txt").read_text()

@@ -16,11 +16,12 @@ ROW = st.fixed_dictionaries(
         "size": st.integers(0, 2),
         "caption": st.sampled_from([None, " ", "a", "b"]),
         "sha256": st.sampled_from(["0", "1"]) | st.none(),
+        "link": st.booleans(),
         "held": st.integers(1, 8),
     }
 )
 SCHEMA = {"status": pl.String, "width": pl.Int32, "height": pl.Int32, "size": pl.Int64, "caption": pl.String}
-SCHEMA |= {"sha256": pl.String, "held": pl.Int64, "key": pl.String}
+SCHEMA |= {"sha256": pl.String, "link": pl.Boolean, "held": pl.Int64, "key": pl.String}
 
 
 def make_rows(rows: list[dict]) -> pl.DataFrame:
@@ -41,12 +42,14 @@ def test_keeper_order_is_total_and_knows_no_order_of_arrival(rows: list[dict], r
 
 def rank_of(*rows: dict, held: list[int] | None = None) -> list[int]:
     plain = {"status": "ok", "width": 4, "height": 2, "size": 1, "caption": "a", "sha256": "0", "held": 8}
+    plain["link"] = False
     table = make_rows([plain | row for row in rows])
     return policy.keeper_rank(table, pl.Series(held) if held else None).to_list()
 
 
 def test_what_comes_first() -> None:
     assert rank_of({"width": 2}, {}) == [1, 0]  # pixels
+    assert rank_of({"link": True}, {}) == [1, 0]  # a link may point to the other
     assert rank_of({"width": 2, "size": 2}, {}) == [1, 0]  # pixels before bytes
     assert rank_of({"width": 40}, {"width": 20}, held=[40, 40]) == [1, 0]  # an enlarged copy does not win
     assert rank_of({"width": 40}, {"width": 20}, held=[80, 40]) == [0, 1]

@@ -50,6 +50,7 @@ class Record:
     data: bytes | None
     caption: str | None
     error: str | None = None
+    link: bool = False  # a symbolic link: of equal files, the one that holds the bytes is kept
 
 
 def find_root(src: Path) -> Path:

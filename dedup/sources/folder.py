@@ -98,7 +98,7 @@ def read_shard(shard: Shard) -> Iterator[Record]:
         except OSError as error:
             yield Record(key, 0, 0, None, caption, error.strerror)
             continue
-        yield Record(key, 0, len(data), data, caption)
+        yield Record(key, 0, len(data), data, caption, link=path.is_symlink())
 
 
 def _find(root: Path, key: str) -> Path:
