@@ -120,7 +120,7 @@ def test_what_the_fast_decoder_refuses_goes_the_slow_way(gradient: np.ndarray) -
         assert (
             np.abs(np.asarray(luma.image, int).mean() - np.asarray(Image.fromarray(gradient).convert("L")).mean()) < 3
         )
-    with pytest.raises(images.ImageError, match="truncated"):
+    with pytest.raises(images.ImageError, match="(?i)truncated"):
         images.decode_luma(encode(Image.fromarray(gradient), "JPEG")[:-300], min_side=16)
 
 
