@@ -84,17 +84,23 @@ def _join_groups(words: np.ndarray, radius: int, limit: int, jobs: int) -> np.nd
     """j and key of all pairs of groups, sorted; the later groups of the pairs are divided among threads."""
     bands = choose_bands(len(words), radius)
     index = [_bucket(words[:, 0], first, width) for first, width, _ in bands]
-    starts, entries, heads = (numba.typed.List(column) for column in zip(*index, strict=True))
-    masks = numba.typed.List(_flip_masks(width, flips) for _, width, flips in bands)
+    starts, entries, heads = (list(column) for column in zip(*index, strict=True))
+    masks = [_flip_masks(width, flips) for _, width, flips in bands]
+    tables = (_join(starts), np.stack(entries), np.stack(heads), _join(masks))
     layout = np.array([(first, width) for first, width, _ in bands])
     edges = np.linspace(0, len(words), 2 * jobs + 1).astype(int)
 
     def search(piece: int) -> np.ndarray:
-        return _search(words, starts, entries, heads, masks, layout, radius, limit, edges[piece], edges[piece + 1])
+        return _search(words, *tables, layout, radius, limit, edges[piece], edges[piece + 1])
 
     with ThreadPoolExecutor(jobs) as pool:
         found = list(pool.map(search, reversed(range(2 * jobs))))  # later groups have more before them
     return np.concatenate(found[::-1])
+
+
+def _join(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Arrays of several lengths → one after the other, and where each begins and ends."""
+    return np.concatenate(arrays), np.cumsum([0, *(len(array) for array in arrays)])
 
 
 def _bucket(codes: np.ndarray, first: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -220,7 +226,9 @@ def _search(  # type: ignore[no-untyped-def]
             place[values[q]] += 1
             order[at] = q
             query_heads[at] = words[begin + q // 8, q % 8, :2]
-        start, entry, head, mask = starts[band], entries[band], heads[band], masks[band]
+        start = starts[0][starts[1][band] : starts[1][band + 1]]
+        mask = masks[0][masks[1][band] : masks[1][band + 1]]
+        entry, head = entries[band], heads[band]
         run = 0
         while run < queries:
             value = values[order[run]]

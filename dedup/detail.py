@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 SEGMENT = 128  # pixels a Fourier transform
-LINES = 512  # rows and columns that are looked at
+LINES = 64  # rows and columns that are looked at
 MAX_RATIO = 0.9  # of the sides; closer sizes leave too little spectrum between them, so the larger one counts in full
 MAX_OCTAVES = 1.0  # of the larger copy's spectrum that are compared with the same number at the smaller copy's end
 MAX_DROP = 4.5  # dB, and as many again an octave: measured by benchmarks/effective_size.py

@@ -15,7 +15,7 @@ from dedup.fingerprint import DecodeOptions
 LOCATION = ["shard", "offset", "size", "key", "sha256"]
 THUMBNAIL = 32
 SIDE = 128  # JPEGs may be decoded at reduced scale down to this side before they become thumbnails
-REMEMBERED = 64  # pictures that a worker keeps decoded while it compares pairs
+REMEMBERED = 4  # pictures that a worker keeps decoded while it compares pairs
 
 
 def read_again(src: Path, row: tuple, options: DecodeOptions, *, min_side: int | None = None) -> images.Decoded:
