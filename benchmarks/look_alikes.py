@@ -54,12 +54,7 @@ def fingerprint(files: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     """Codes (n, 8, 32) and thumbnails (n, 32, 32, 3), as the pipeline makes them."""
     lumas = [images.decode_luma(data, min_side=JPEG_SIDE) for data in files]
     filtered = [
-        hashing.pdq_luma(
-            np.asarray(hashing.reduce(luma.image, hashing.PDQ_SOURCE)),
-            max(luma.image.height, luma.height),
-            max(luma.image.width, luma.width),
-        )
-        for luma in lumas
+        hashing.pdq_luma(hashing.reduce(luma.grey, hashing.PDQ_SOURCE), luma.height, luma.width) for luma in lumas
     ]
     colours = [images.shrink(images.decode(data, min_side=look.SIDE).pixels, look.THUMBNAIL) for data in files]
     return hashing.pdq(np.stack(filtered))[0], np.stack(colours)

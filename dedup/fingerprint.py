@@ -11,6 +11,7 @@ from pathlib import Path
 import imagehash
 import numpy as np
 import polars as pl
+from PIL import Image
 
 from dedup import hashing, images, sources
 from dedup.manifest import SCHEMA, write_atomic
@@ -91,15 +92,15 @@ def _fingerprint_record(
         return row | {"status": error.status, "error": str(error)}
     row |= {"status": "ok", "width": luma.width, "height": luma.height, "format": luma.format}
     if fast:
-        grey = hashing.reduce(luma.image, hashing.PDQ_SOURCE)
+        grey = hashing.reduce(luma.grey, hashing.PDQ_SOURCE)
         small, wide = hashing.grey_thumbnails(hashing.reduce(grey, hashing.PHASH_SOURCE))
     else:
-        grey = luma.image
+        grey, picture = luma.grey, Image.fromarray(luma.grey)
         small, wide = hashing.grey_thumbnails(grey)
-        row |= {"phash": str(imagehash.phash(grey)), "dhash": str(imagehash.dhash(grey))}
+        row |= {"phash": str(imagehash.phash(picture)), "dhash": str(imagehash.dhash(picture))}
     # What was shrunk while decoding is smaller than the picture, a montage of frames is larger.
-    height, width = max(luma.image.height, luma.height), max(luma.image.width, luma.width)
-    pending.append((row, small, wide, hashing.pdq_luma(np.asarray(grey), height, width)))
+    height, width = max(luma.grey.shape[0], luma.height), max(luma.grey.shape[1], luma.width)
+    pending.append((row, small, wide, hashing.pdq_luma(grey, height, width)))
     return row
 
 

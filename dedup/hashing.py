@@ -43,16 +43,17 @@ def to_hex(bits: np.ndarray) -> list[str]:
     return [row.tobytes().hex() for row in np.packbits(bits, axis=1)]
 
 
-def reduce(grey: Image.Image, side: int) -> Image.Image:
-    """Mean over boxes of the largest whole number of pixels that leaves both sides of the picture ≥ `side`."""
-    factor = min(grey.size) // side
-    return grey.reduce(factor) if factor > 1 else grey
+def reduce(grey: np.ndarray, side: int) -> np.ndarray:
+    """uint8 (H, W) → uint8, mean over boxes of the largest whole number of pixels that leaves both sides ≥ `side`."""
+    factor = min(grey.shape) // side
+    return np.asarray(Image.fromarray(grey).reduce(factor)) if factor > 1 else grey
 
 
-def grey_thumbnails(grey: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-    """Mode L → uint8 (32, 32) for pHash and (8, 9) for dHash, as imagehash shrinks them."""
-    small = grey.resize((32, 32), Image.Resampling.LANCZOS)
-    wide = grey.resize((9, 8), Image.Resampling.LANCZOS)
+def grey_thumbnails(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 (H, W) → uint8 (32, 32) for pHash and (8, 9) for dHash, as imagehash shrinks them."""
+    image = Image.fromarray(grey)
+    small = image.resize((32, 32), Image.Resampling.LANCZOS)
+    wide = image.resize((9, 8), Image.Resampling.LANCZOS)
     return np.asarray(small), np.asarray(wide)
 
 
@@ -107,27 +108,20 @@ def pdq(luma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     quality = _pdq_quality(luma)
     coefficients = DCT @ luma @ DCT.T  # (n, 16, 16)
     alternate = np.where(np.arange(PDQ_BITS) % 2 == 0, -1, 1).astype(np.float32)  # sign of a reversed axis
-    flip_rows, flip_columns = alternate[:, None], alternate[None, :]
-    transposed = coefficients.transpose(0, 2, 1)
-    eight = (
-        coefficients,  # r0
-        transposed * flip_rows,  # r90: transpose, then reverse the rows (np.rot90)
-        coefficients * flip_rows * flip_columns,  # r180
-        transposed * flip_columns,  # r270
-        coefficients * flip_columns,  # m0
-        transposed,  # m90: rot90 of the mirrored picture
-        coefficients * flip_rows,  # m180
-        transposed * flip_rows * flip_columns,  # m270
-    )
-    codes = np.stack([_above_median(c) for c in eight], axis=1)  # (n, 8, 32)
-    return codes, quality
+    rows, columns = alternate[:, None], alternate[None, :]
+    r0, m0, m180, r180 = (_above_median(coefficients * signs) for signs in (1, columns, rows, rows * columns))
+    t0, t_m0, t_m180, t180 = (bits.transpose(0, 2, 1) for bits in (r0, m0, m180, r180))
+    # r90, for one, is the transposed picture with its rows reversed (np.rot90): the mirrored one, transposed.
+    eight = np.stack([r0, t_m0, r180, t_m180, m0, t0, m180, t180], axis=1)  # (n, 8, 16, 16)
+    # Row-major from the last coefficient, as PDQ prints.
+    return np.packbits(eight.reshape(len(luma), 8, PDQ_BITS**2)[:, :, ::-1], axis=2), quality
 
 
 def _above_median(coefficients: np.ndarray) -> np.ndarray:
-    """(n, 16, 16) → packed bits (n, 32): above the lower median; row-major from the last coefficient, as PDQ prints."""
+    """(n, 16, 16) → bool: above the lower median."""
     flat = coefficients.reshape(len(coefficients), -1)
-    median = np.partition(flat, 127, axis=1)[:, 127:128]
-    return np.packbits((flat > median)[:, ::-1], axis=1)
+    median = np.partition(flat, 127, axis=1)[:, 127]
+    return coefficients > median[:, None, None]
 
 
 def _pdq_quality(luma: np.ndarray) -> np.ndarray:

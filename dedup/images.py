@@ -30,6 +30,7 @@ UNSUPPORTED = {
     (0, b"8BPS"): "Photoshop",
 }
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit stands before ours and cannot be raised by an option
+cv2.setNumThreads(1)  # pictures are many and small: several processes with several threads each are slower
 warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of a damaged file becomes its status
 SUFFIXES = frozenset(
     f".{suffix}"
@@ -107,9 +108,9 @@ def decode(
 
 @dataclass(frozen=True, slots=True)
 class Luma:
-    """`image`: mode L, upright, animations as a montage. `width`, `height`: of the original, upright."""
+    """`grey`: uint8 (H, W), upright, animations as a montage. `width`, `height`: of the original, upright."""
 
-    image: Image.Image
+    grey: np.ndarray
     width: int
     height: int
     format: str
@@ -127,7 +128,7 @@ def decode_luma(
     if plain is not None:
         return plain
     decoded = decode(data, montage=True, max_pixels=max_pixels, max_frames=max_frames)
-    grey = Image.fromarray(decoded.pixels).convert("L")
+    grey = np.asarray(Image.fromarray(decoded.pixels).convert("L"))
     return Luma(grey, decoded.width, decoded.height, decoded.format)
 
 
@@ -143,12 +144,12 @@ def _decode_jpeg_luma(data: bytes, min_side: int, max_pixels: int) -> Luma | Non
         luma = simplejpeg.decode_jpeg(data, "GRAY", min_height=-(-height // scale), min_width=-(-width // scale))
     except Exception:  # headers of untrusted bytes raise nearly every exception there is
         return None
-    image = Image.fromarray(luma[:, :, 0])
+    grey = luma[:, :, 0]
     if orientation in EXIF_TRANSPOSE:
-        image = image.transpose(EXIF_TRANSPOSE[orientation])
+        grey = np.asarray(Image.fromarray(grey).transpose(EXIF_TRANSPOSE[orientation]))
     if orientation in SWAPS_SIDES:
         width, height = height, width
-    return Luma(image, width, height, "JPEG")
+    return Luma(grey, width, height, "JPEG")
 
 
 def _decode_open(image: Image.Image, min_side: int | None, montage: bool, max_pixels: int, max_frames: int) -> Decoded:
