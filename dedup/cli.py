@@ -74,6 +74,8 @@ def _summary(counts: dict, out: Path, report: bool, level: str) -> str:
         f"{captions['same_caption_other_images']} captions stand with several images.",
         f"Kept rows: {out / 'deduplicated.parquet'}",
     ]
+    if counts["rows_at_limit"]:
+        lines.append(f"{counts['rows_at_limit']:,} images are near 64 others or more: compared with the first 64 only.")
     if report:
         lines.append(f"Report:    {out / 'report' / 'index.html'}")
     return "\n".join(lines)

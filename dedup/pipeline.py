@@ -72,7 +72,8 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
             pairs, decisions, held = judge.settle(rows, pairs, reader, flips=options.flips, rotations=options.rotations)
             table = decide(rows.with_columns(effective_pixels=held), pairs, decisions)
         with _timed(seconds, "write"):
-            run = write_outputs(out, src, shards, table, pairs, options)
+            counts = count(table, pairs) | {"rows_at_limit": count_at_limit(candidates)}
+            run = write_outputs(out, src, shards, table, pairs, options, counts)
         manifest.write_json(out / "timings.json", {k: round(v, 3) for k, v in seconds.items()})
     return run
 
@@ -209,6 +210,7 @@ def write_outputs(
     table: pl.DataFrame,
     pairs: pl.DataFrame,
     options: Options,
+    counts: dict[str, Any],
 ) -> dict:
     """Every file of the contract but the report; `run.json` last, because its existence means finished."""
     manifest.write(out, table)
@@ -228,7 +230,7 @@ def write_outputs(
     if (src / "plant.parquet").exists():
         shutil.copyfile(src / "plant.parquet", out / "plant.parquet")
     run = {"src": str(src), "options": asdict(options), "versions": _versions()}
-    run |= {"source": [shard.fingerprint for shard in shards], "counts": count(table, pairs)}
+    run |= {"source": [shard.fingerprint for shard in shards], "counts": counts}
     manifest.write_json(out / "run.json", run)
     return run
 
@@ -250,3 +252,9 @@ def count(table: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, Any]:
         "without_caption": int(table.filter(~policy.has_caption())["id"].len()),
         "captions": policy.count_captions(table),
     }
+
+
+def count_at_limit(candidates: pl.DataFrame) -> int:
+    """Rows that had as many partners as the search keeps, and may have had more."""
+    partners = candidates.filter(pl.col("signal") == "pdq").group_by("j").len()["len"]
+    return int((partners >= search.LIMIT).sum())
