@@ -2,8 +2,8 @@
 
     python benchmarks/hamming_join.py [--sizes 10000,100000,1000000] [--jobs 2]
 
-5 % of the codes are another code with 0 … 31 bits flipped; the join must find every such pair. All eight orientations are
-searched: `upright` plants the neighbours upright, `all eight` in a random orientation.
+5 % of the codes are another code with 0 … 31 bits flipped; the join must find every such pair. All eight orientations
+are searched: `upright` plants the neighbours upright, `all eight` in a random orientation.
 Each row is a process of its own, so that memory is its own. The exponent is that of time between neighbouring sizes.
 """
 
@@ -56,7 +56,7 @@ def one(kind: str, n: int, jobs: int) -> None:
     search.join_hamming(codes[:2_000], jobs=jobs)  # load the compiled code
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
-    found = search.join_hamming(codes, jobs=jobs)
+    found = search.join_hamming(codes, radius=31, jobs=jobs)
     seconds = time.perf_counter() - start
     pairs = set(zip(found["i"], found["j"], strict=True))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Self
 
@@ -14,6 +15,10 @@ from typing import Self
 def available_cpus() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class WorkerError(OSError):
+    """A worker process has died."""
 
 
 class Workers:
@@ -42,8 +47,11 @@ class Workers:
             self._pool = ProcessPoolExecutor(self.jobs, mp_context=context)
         with _one_thread_each():
             futures = [self._pool.submit(function, *task) for task in tasks]
-        for future in futures:
-            yield future.result()
+        try:
+            for future in futures:
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise WorkerError("a worker process was killed: out of memory? Try fewer --jobs") from error
 
 
 def run[T](function: Callable[..., T], tasks: Iterable[tuple], *, jobs: int) -> Iterator[T]:

@@ -132,10 +132,10 @@ def settle(
         sized = detail.size_pairs(rows, pairs.filter(pl.Series(confirmed)))
         wanted = {location[row][-1]: location[row] for row in pl.concat([sized["larger"], sized["smaller"]])}
         missing = sorted(sha256 for sha256 in wanted if sha256 not in spectra)
-        if not missing:
-            return *share_fate(pairs, decisions, rank), held
         spectra |= zip(missing, reader.run(look.measure_detail, [wanted[sha256] for sha256 in missing]), strict=True)
-        held = detail.effective_pixels(rows, sized, spectra)
+        before, held = held, detail.effective_pixels(rows, sized, spectra)
+        if held.equals(before):
+            return *share_fate(pairs, decisions, rank), held
         rank = policy.keeper_rank(rows, held)
 
 

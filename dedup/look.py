@@ -15,6 +15,7 @@ from dedup.fingerprint import DecodeOptions
 LOCATION = ["shard", "offset", "size", "key", "sha256"]
 THUMBNAIL = 32
 SIDE = 128  # JPEGs may be decoded at reduced scale down to this side before they become thumbnails
+CLOSE_SIDE = 2 * verify.DETAIL  # the same for the close comparison: what is only just larger is badly resampled
 REMEMBERED = 4  # pictures that a worker keeps decoded while it compares pairs
 
 
@@ -65,7 +66,7 @@ def digest_pixels(src: Path, rows: list[tuple], options: DecodeOptions) -> list[
 
 def confirm_pairs(src: Path, pairs: list[tuple], options: DecodeOptions) -> list[bool]:
     """(location of a, location of b, number of the orientation that turns a into b) → whether they hold up close."""
-    load = lru_cache(REMEMBERED)(lambda row: read_again(src, row, options, min_side=verify.DETAIL))
+    load = lru_cache(REMEMBERED)(lambda row: read_again(src, row, options, min_side=CLOSE_SIDE))
     return [verify.is_same_picture(load(b), load(a), orientation) for a, b, orientation in pairs]
 
 

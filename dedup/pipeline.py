@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dedup import clustering, engine, fingerprint, images, judge, manifest, policy, search, sources, verify
 
-LIBRARIES = ("unmemorize", "pillow", "imagehash", "numpy", "polars", "opencv-python-headless")
+LIBRARIES = ("unmemorize", "pillow", "imagehash", "numpy", "polars", "opencv-python-headless", "simplejpeg")
 
 
 class OutputError(OSError):
@@ -117,6 +117,8 @@ def _prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options
         if differing:
             what = ", ".join(f"{k} was {before['options'].get(k)!r}" for k in differing)
             raise OptionsError(f"{out} was made with other options ({what}): choose another -o or delete it")
+        if before["versions"] != recorded["versions"]:
+            shutil.rmtree(out / ".work" / "thumbnails", ignore_errors=True)
     work = out / ".work"
     manifest.write_json(path, recorded)
     stamps_path = out / ".work" / "shards.json"
@@ -214,7 +216,7 @@ def write_outputs(
 ) -> dict:
     """Every file of the contract but the report; `run.json` last, because its existence means finished."""
     manifest.write(out, table)
-    manifest.write_parquet(out / "pairs.parquet", pairs)
+    manifest.write_parquet(out / "pairs.parquet", pairs.sort("a", "b"))
     kept = table.filter("keep")
     ready = kept.select("id", "source", "shard", "offset", "size", "key", "caption", "captions", "represents", "weight")
     manifest.write_parquet(out / "deduplicated.parquet", ready)

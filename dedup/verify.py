@@ -23,7 +23,7 @@ TILES = 8  # tiles a side: 4 × 4 pixels of a 32-pixel thumbnail
 MAX_DIFFERENCE = (0.03, 0.06)
 MAX_SMOOTHED = (0.01, 0.025)
 SMOOTHING = np.array([0.25, 0.5, 0.25], np.float32)
-MIN_QUALITY = 50  # PDQ calls lower ones unfit for matching (ThreatExchange, pdq/README): those match by pixels only
+MIN_QUALITY = 30  # of PDQ, which calls 49 unfit by itself; what is flatter matches by pixels only
 BLOCK = 4_096  # pairs compared at a time
 
 DETAIL = 256  # pixels a side of the second look, at most; never more than the smaller picture has

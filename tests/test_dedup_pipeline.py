@@ -176,3 +176,38 @@ def test_an_enlarged_copy_does_not_win(tmp_path: Path) -> None:
     dropped = pl.read_csv(tmp_path / "out" / "dropped.csv")
     assert dropped["signal"].to_list() == ["pdq", "pdq"]
     assert (src / "c.png").name in (tmp_path / "out" / "kept.txt").read_text()
+
+
+def test_a_small_difference_is_seen_up_close(tmp_path: Path) -> None:
+    """Thumbnails agree, the pictures do not: both stay, and a third one that equals neither is compared with both."""
+    src = tmp_path / "src"
+    src.mkdir()
+    plain = Image.new("RGB", (256, 256), "white")
+    plain.paste(picture(5).convert("L").convert("RGB").resize((200, 120)), (28, 20))
+    for number, place in enumerate([(60, 200), (120, 200), (180, 200)]):
+        image = plain.copy()
+        image.paste((30, 30, 30), (*place, place[0] + 4, place[1] + 4))
+        image.save(src / f"{number}.png")
+        image.save(src / f"{number}.webp", quality=95)
+    deduplicate(src, tmp_path / "out", Options())
+    rows = by_key(tmp_path / "out")
+    assert {key for key, row in rows.items() if row["keep"]} == {"0.png", "1.png", "2.png"}
+    for number in range(3):
+        assert rows[f"{number}.webp"]["kept_id"] == rows[f"{number}.png"]["id"]
+    pairs = pl.read_parquet(tmp_path / "out" / "pairs.parquet")
+    names = {row["id"]: key for key, row in rows.items()}
+    classes = {(names[a], names[b]): kind for a, b, kind in pairs.select("a", "b", "class").iter_rows()}
+    assert classes["0.png", "1.png"] == classes["1.png", "2.png"] == "look-alike"
+    assert pairs.filter(a=rows["0.png"]["id"], b=rows["1.png"]["id"])["worst_tile"].item() < 0.06  # alike at a glance
+
+
+def test_a_crowd_is_said(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    for number in range(70):
+        image = picture(6)
+        image.putpixel((0, 0), (number, 0, 0))
+        image.save(src / f"{number:02d}.png")
+    run = deduplicate(src, tmp_path / "out", Options())
+    assert run["counts"]["rows_at_limit"] == 6  # those with 64 before them or more
+    assert run["counts"]["kept"] == 70 - run["counts"]["dropped"]
