@@ -92,7 +92,7 @@ def main(
         found = np.bitwise_count(codes[:, 0] ^ theirs[:, 0]).sum(axis=1) <= search.RADIUS
         passed = found & verify.are_copies(*verify.residuals(thumbnails, small))
         confirmed = [
-            verify.is_same_picture(decoded[k], images.decode(copies[k], min_side=verify.DETAIL))
+            verify.is_same_picture(decoded[k], images.decode(copies[k], min_side=look.CLOSE_SIDE))
             for k in np.flatnonzero(passed)
         ]
         shares = (found.mean(), passed.mean(), sum(confirmed) / len(copies))

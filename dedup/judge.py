@@ -15,7 +15,8 @@ from dedup import clustering, detail, engine, hamming, hashing, look, manifest, 
 from dedup.fingerprint import DecodeOptions
 from dedup.manifest import ORIENTATIONS
 
-ITEMS = 256  # rows or pairs of a task
+ROWS = 64  # of a file of thumbnails
+ITEMS = 16  # rows or pairs of another task: these take milliseconds each, and all workers should have some
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +37,14 @@ class Reader:
     def thumbnails(self, rows: pl.DataFrame) -> look.Thumbnails:
         """Of the given rows; each file is named by what is in it, so a second run makes none anew."""
         folder = self.work / "thumbnails"
-        parts = list(rows.select(look.LOCATION).iter_slices(ITEMS))
+        parts = list(rows.select(look.LOCATION).iter_slices(ROWS))
         names = [hashing.digest("".join(part["sha256"]).encode())[:20] for part in parts]
         paths = [folder / f"{name}.npy" for name in names]
         tasks = [(self.src, part.rows(), path, self.decode) for part, path in zip(parts, paths, strict=True)]
         list(self.workers.run(look.make_thumbnails, tasks))
         for stale in set(folder.glob("*.npy")) - set(paths):
             stale.unlink()
-        return look.Thumbnails(rows["id"].to_numpy(), paths, ITEMS)
+        return look.Thumbnails(rows["id"].to_numpy(), paths, ROWS)
 
 
 def accept_pairs(rows: pl.DataFrame, candidates: pl.DataFrame, reader: Reader) -> tuple[pl.DataFrame, pl.DataFrame]:
