@@ -15,7 +15,7 @@ SourceArgument = Annotated[
     ),
 ]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
-JobsOption = Annotated[int, typer.Option(help="Worker processes; 0 = one per processor.")]
+JobsOption = Annotated[int, typer.Option(min=0, help="Worker processes; 0 = one per processor.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Keep = Literal["keep", "drop"]
 

@@ -11,6 +11,7 @@ import polars as pl
 
 SEGMENT = 128  # pixels a Fourier transform
 LINES = 64  # rows and columns that are looked at
+MIN_RATIO = 1 / 32  # what is smaller still leaves too few frequencies to compare; the larger one counts in full
 MAX_RATIO = 0.9  # of the sides; closer sizes leave too little spectrum between them, so the larger one counts in full
 MAX_OCTAVES = 1.0  # of the larger copy's spectrum that are compared with the same number at the smaller copy's end
 MAX_DROP = 4.5  # dB, and as many again an octave: measured by benchmarks/effective_size.py
@@ -66,7 +67,7 @@ def size_pairs(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
         smaller=pl.when(a_larger).then("b").otherwise("a"),
         ratio=(small / large).sqrt(),
         area=large,
-    ).filter(pl.col("ratio") <= MAX_RATIO).sort("area", "larger", "smaller")  # fmt: skip
+    ).filter(pl.col("ratio").is_between(MIN_RATIO, MAX_RATIO)).sort("area", "larger", "smaller")  # fmt: skip
 
 
 def effective_pixels(rows: pl.DataFrame, sized: pl.DataFrame, spectra: dict[str, np.ndarray]) -> pl.Series:

@@ -5,6 +5,7 @@ Tasks are pure functions of their arguments; results come back in the order of t
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -44,7 +45,7 @@ class Workers:
             return
         if self._pool is None:
             context = multiprocessing.get_context("spawn")  # fork deadlocks under the threads of polars and BLAS
-            self._pool = ProcessPoolExecutor(self.jobs, mp_context=context)
+            self._pool = ProcessPoolExecutor(self.jobs, mp_context=context, initializer=_end_with_parent)
         with _one_thread_each():
             futures = [self._pool.submit(function, *task) for task in tasks]
         try:
@@ -58,6 +59,18 @@ def run[T](function: Callable[..., T], tasks: Iterable[tuple], *, jobs: int) -> 
     """As `Workers.run`, with workers for these tasks alone."""
     with Workers(jobs) as workers:
         yield from workers.run(function, tasks)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for ever, and might write beside the next run."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextmanager

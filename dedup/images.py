@@ -18,6 +18,7 @@ from PIL import Image
 
 MAX_PIXELS = 100_000_000
 MAX_FRAMES = 1_000
+MAX_SIDE = 65_535  # of a JPEG by its format; longer strips are no pictures and cost memory out of proportion
 # Formats with a decoder in Pillow itself. EPS, for one, would start an outside program on untrusted bytes. TGA has no
 # signature, so it is tried last.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "PPM", "JPEG2000", "ICO", "TGA")
@@ -58,8 +59,11 @@ class ImageError(ValueError):
     """An image that cannot be used; `status` is one of `manifest.STATUS`."""
 
     def __init__(self, status: str, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+        super().__init__(status, message)  # both, so that it survives the way back from a worker
+        self.status, self.message = status, message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +160,8 @@ def _decode_open(image: Image.Image, min_side: int | None, montage: bool, max_pi
     width, height, kind = image.width, image.height, image.format or ""
     if width * height > max_pixels:
         raise ImageError("too-large", f"{width}×{height} pixels, limit {max_pixels:,}")
+    if max(width, height) > MAX_SIDE:
+        raise ImageError("too-large", f"{width}×{height} pixels, limit of a side {MAX_SIDE:,}")
     frames = getattr(image, "n_frames", 1) if kind in ("GIF", "WEBP", "PNG", "AVIF", "TIFF") else 1
     if frames > max_frames:
         raise ImageError("too-large", f"{frames:,} frames, limit {max_frames:,}")
@@ -163,7 +169,7 @@ def _decode_open(image: Image.Image, min_side: int | None, montage: bool, max_pi
         image.draft("RGB", (min_side, min_side))
     orientation = _exif_orientation(image)
     transpose = EXIF_TRANSPOSE.get(orientation)
-    if frames > 1 and montage and kind != "TIFF":  # the pages of a TIFF are no animation
+    if frames > 1 and montage:
         pixels = _stack([_upright(image, transpose), *_later_frames(image, frames, transpose)])
     else:
         pixels = _upright(image, transpose)
@@ -227,6 +233,15 @@ def _scale_high_depth(values: np.ndarray) -> Image.Image:
     scale = next((s for s in (1.0, 255.0, 65535.0) if top <= s), top)
     grey = np.clip(np.rint(values * (255.0 / scale)), 0, 255).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")
+
+
+def read_alpha(data: bytes) -> bytes:
+    """The transparency of an image that `decode` can read, first frame; empty when all of it is opaque."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        if not image.has_transparency_data:
+            return b""
+        alpha = image.convert("RGBA").getchannel("A")
+    return b"" if alpha.getextrema() == (255, 255) else alpha.tobytes()
 
 
 def shrink(pixels: np.ndarray, size: int) -> np.ndarray:

@@ -47,8 +47,13 @@ class Reader:
         return look.Thumbnails(rows["id"].to_numpy(), paths, ROWS)
 
 
-def accept_pairs(rows: pl.DataFrame, candidates: pl.DataFrame, reader: Reader) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Verify the candidates. Returns the rows with `pixel_digest` filled where it was needed, and the pairs table."""
+def accept_pairs(
+    rows: pl.DataFrame, candidates: pl.DataFrame, reader: Reader, *, flat: bool
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Verify the candidates. Returns the rows with `pixel_digest` filled where it was needed, and the pairs table.
+
+    flat: whether pictures without texture are compared by their pixels.
+    """
     near = candidates.filter(pl.col("signal") != "bytes")
     paired = rows[pl.concat([near["i"], near["j"]]).unique().sort().to_list()]
     hashed = verify.verify_pairs(near, reader.thumbnails(paired))
@@ -60,7 +65,8 @@ def accept_pairs(rows: pl.DataFrame, candidates: pl.DataFrame, reader: Reader) -
     }
     equal_bytes = candidates.filter(pl.col("signal") == "bytes").with_columns(**certain)
     identical = hashed.filter((pl.col("hamming") == 0) & (pl.col("residual") == 0) & (pl.col("orientation") == 0))
-    wanted = rows[pl.concat([identical["i"], identical["j"], _flat_rows(rows)]).unique().sort().to_list()]
+    flat_rows = _flat_rows(rows) if flat else pl.Series([], dtype=pl.Int64)
+    wanted = rows[pl.concat([identical["i"], identical["j"], flat_rows]).unique().sort().to_list()]
     digests = reader.run(look.digest_pixels, wanted.select(look.LOCATION).rows())
     digest = pl.DataFrame({"id": wanted["id"], "pixel_digest": pl.Series(digests, dtype=pl.String)})
     rows = rows.join(digest, on="id", how="left", maintain_order="left")
@@ -70,8 +76,8 @@ def accept_pairs(rows: pl.DataFrame, candidates: pl.DataFrame, reader: Reader) -
         .then(pl.lit("pixels"))
         .otherwise("signal")
     )
-    flat = _flat_pairs(rows).with_columns(**certain)
-    pairs = pl.concat([equal_bytes, hashed, flat], how="diagonal_relaxed").unique(
+    flat_pairs = _flat_pairs(rows).with_columns(**certain)
+    pairs = pl.concat([equal_bytes, hashed, flat_pairs], how="diagonal_relaxed").unique(
         ["i", "j"], keep="first", maintain_order=True
     )
     return rows, _by_id(pairs)
@@ -102,7 +108,11 @@ def _by_id(pairs: pl.DataFrame) -> pl.DataFrame:
         b=pl.max_horizontal("i", "j"),
         orientation=pl.when(pl.col("i") < pl.col("j")).then(forward).otherwise(backward),
     )
-    return table.select(pl.col(c).cast(t) for c, t in manifest.PAIRS_SCHEMA.items()).sort("a", "b")
+    return (
+        table.select(pl.col(c).cast(t) for c, t in manifest.PAIRS_SCHEMA.items())
+        .unique(["a", "b"], keep="first", maintain_order=True)
+        .sort("a", "b")
+    )
 
 
 def settle(

@@ -20,13 +20,22 @@ REMEMBERED = 4  # pictures that a worker keeps decoded while it compares pairs
 
 
 def read_again(src: Path, row: tuple, options: DecodeOptions, *, min_side: int | None = None) -> images.Decoded:
-    """Decode the picture at a LOCATION. Raises SourceError, ImageError."""
+    """Decode the picture at a LOCATION. Raises SourceError."""
+    data = read_bytes(src, row)
+    limits = {"max_pixels": options.max_pixels, "max_frames": options.max_frames}
+    try:
+        return images.decode(data, min_side=min_side, montage=True, **limits)
+    except images.ImageError as error:
+        raise sources.SourceError(f"{src}: {row[3]} was hashed, but cannot be decoded: {error}; remove it") from error
+
+
+def read_bytes(src: Path, row: tuple) -> bytes:
+    """The file or member at a LOCATION, if it is still the one that was hashed. Raises SourceError."""
     *place, sha256 = row
     data = sources.read_image(src, *place)
     if hashing.digest(data) != sha256:
         raise sources.SourceError(f"{src}: {place[-1]} has changed while it was read; run again")
-    limits = {"max_pixels": options.max_pixels, "max_frames": options.max_frames}
-    return images.decode(data, min_side=min_side, montage=True, **limits)
+    return data
 
 
 def make_thumbnails(src: Path, rows: list[tuple], path: Path, options: DecodeOptions) -> None:
@@ -48,20 +57,22 @@ class Thumbnails:
     """uint8 (n, 32, 32, 3) by row number, read from disk where they are indexed."""
 
     def __init__(self, ids: np.ndarray, paths: list[Path], rows_per_file: int) -> None:
-        self.ids, self.rows_per_file = ids, rows_per_file
-        self.parts = [np.load(path, mmap_mode="r") for path in paths]
+        self.ids, self.paths, self.rows_per_file = ids, paths, rows_per_file
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         taken = np.empty((len(rows), THUMBNAIL, THUMBNAIL, 3), np.uint8)
         part, place = np.divmod(np.searchsorted(self.ids, rows), self.rows_per_file)
         for number in np.unique(part):
-            taken[part == number] = self.parts[number][place[part == number]]
+            taken[part == number] = np.load(self.paths[number])[place[part == number]]
         return taken
 
 
 def digest_pixels(src: Path, rows: list[tuple], options: DecodeOptions) -> list[str]:
-    """Digests of all pixels."""
-    return [hashing.pixel_digest(read_again(src, row, options).pixels) for row in rows]
+    """Digests of all pixels, transparency included: white drawings on nothing are not one white picture."""
+    return [
+        hashing.pixel_digest(read_again(src, row, options).pixels, images.read_alpha(read_bytes(src, row)))
+        for row in rows
+    ]
 
 
 def confirm_pairs(src: Path, pairs: list[tuple], options: DecodeOptions) -> list[bool]:

@@ -67,10 +67,11 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
             candidates = find_candidates(rows, options, workers.jobs)
         reader = judge.Reader(src, work, decode, workers)
         with _timed(seconds, "verify"):
-            rows, pairs = judge.accept_pairs(rows, candidates, reader)
+            rows, pairs = judge.accept_pairs(rows, candidates, reader, flat=options.level != "exact")
         with _timed(seconds, "decide"):
             pairs, decisions, held = judge.settle(rows, pairs, reader, flips=options.flips, rotations=options.rotations)
             table = decide(rows.with_columns(effective_pixels=held), pairs, decisions)
+            pairs = pairs.unique(["a", "b"], keep="first", maintain_order=True).sort("a", "b")
         with _timed(seconds, "write"):
             counts = count(table, pairs) | {"rows_at_limit": count_at_limit(candidates)}
             run = write_outputs(out, src, shards, table, pairs, options, counts)
@@ -216,7 +217,7 @@ def write_outputs(
 ) -> dict:
     """Every file of the contract but the report; `run.json` last, because its existence means finished."""
     manifest.write(out, table)
-    manifest.write_parquet(out / "pairs.parquet", pairs.sort("a", "b"))
+    manifest.write_parquet(out / "pairs.parquet", pairs)
     kept = table.filter("keep")
     ready = kept.select("id", "source", "shard", "offset", "size", "key", "caption", "captions", "represents", "weight")
     manifest.write_parquet(out / "deduplicated.parquet", ready)
