@@ -9,6 +9,8 @@ larger one either goes on as the smaller one ends, or drops. Blind to enlarging 
 import numpy as np
 import polars as pl
 
+from dedup.hashing import LUMA
+
 SEGMENT = 128  # pixels a Fourier transform
 LINES = 64  # rows and columns that are looked at
 MIN_RATIO = 1 / 32  # what is smaller still leaves too few frequencies to compare; the larger one counts in full
@@ -16,7 +18,6 @@ MAX_RATIO = 0.9  # of the sides; closer sizes leave too little spectrum between 
 MAX_OCTAVES = 1.0  # of the larger copy's spectrum that are compared with the same number at the smaller copy's end
 MAX_DROP = 4.5  # dB, and as many again an octave: measured by benchmarks/effective_size.py
 FLOOR = 1 / 12  # power of rounding to whole grey levels
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def power_spectrum(pixels: np.ndarray) -> np.ndarray:

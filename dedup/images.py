@@ -138,6 +138,8 @@ def decode_luma(
 
 def _decode_jpeg_luma(data: bytes, min_side: int, max_pixels: int) -> Luma | None:
     """By libjpeg-turbo. None for all that `decode` should judge: other formats and colour spaces, limits, damage."""
+    if not data.startswith(b"\xff\xd8\xff"):
+        return None
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
             width, height = header.size

@@ -21,7 +21,10 @@ REMEMBERED = 4  # pictures that a worker keeps decoded while it compares pairs
 
 def read_again(src: Path, row: tuple, options: DecodeOptions, *, min_side: int | None = None) -> images.Decoded:
     """Decode the picture at a LOCATION. Raises SourceError."""
-    data = read_bytes(src, row)
+    return _decode(src, row, read_bytes(src, row), options, min_side)
+
+
+def _decode(src: Path, row: tuple, data: bytes, options: DecodeOptions, min_side: int | None) -> images.Decoded:
     limits = {"max_pixels": options.max_pixels, "max_frames": options.max_frames}
     try:
         return images.decode(data, min_side=min_side, montage=True, **limits)
@@ -69,10 +72,12 @@ class Thumbnails:
 
 def digest_pixels(src: Path, rows: list[tuple], options: DecodeOptions) -> list[str]:
     """Digests of all pixels, transparency included: white drawings on nothing are not one white picture."""
-    return [
-        hashing.pixel_digest(read_again(src, row, options).pixels, images.read_alpha(read_bytes(src, row)))
-        for row in rows
-    ]
+    digests = []
+    for row in rows:
+        data = read_bytes(src, row)
+        pixels = _decode(src, row, data, options, None).pixels
+        digests.append(hashing.pixel_digest(pixels, images.read_alpha(data)))
+    return digests
 
 
 def confirm_pairs(src: Path, pairs: list[tuple], options: DecodeOptions) -> list[bool]:
