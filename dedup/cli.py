@@ -18,6 +18,7 @@ OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the res
 JobsOption = Annotated[int, typer.Option(min=0, help="Worker processes; 0 = one per processor.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Keep = Literal["keep", "drop"]
+Encoder = Literal["auto", "local", "sscd-distilled", "sscd", "clip", "dinov2"]
 
 
 class TooManyBad(Exception):
@@ -28,9 +29,15 @@ class TooManyBad(Exception):
 def dedup(
     src: SourceArgument,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Results; default: SRC's name + -dedup.")] = None,
-    level: Annotated[Literal["auto", "exact", "hash"], typer.Option(help="auto: the best there is.")] = "auto",
+    level: Annotated[Literal["auto", "exact", "hash", "copy"], typer.Option(help="auto: the best there is.")] = "auto",
+    encoder: Annotated[Encoder, typer.Option(help="Of level copy; local needs no weights.")] = "auto",
+    weights: Annotated[str | None, typer.Option(help="Weights of the encoder: a file, a folder or a hub id.")] = None,
+    weights_sha256: Annotated[str | None, typer.Option(help="What the digest of the weights must be.")] = None,
     jobs: JobsOption = 0,
     report: Annotated[bool, typer.Option(help="Write the HTML report.")] = True,
+    max_false_pairs: Annotated[
+        float | None, typer.Option(help="Unrelated pairs that may be compared; default: 3 an image.")
+    ] = None,
     hash_decode: Annotated[Literal["fast", "exact"], typer.Option(help="fast: JPEGs at reduced scale.")] = "fast",
     flips: Annotated[Keep, typer.Option(help="Mirrored copies.")] = "keep",
     rotations: Annotated[Keep, typer.Option(help="Turned copies.")] = "keep",
@@ -40,12 +47,14 @@ def dedup(
     json_: JsonOption = False,
 ) -> None:
     """Find duplicates in SRC and decide what to keep. Example: unmemorize dedup photos -o photos-dedup"""
-    from dedup.pipeline import Options, deduplicate, resolve_level
+    from dedup.pipeline import Options, deduplicate, resolve_auto
     from dedup.sources import find_root
 
     out = out or Path(f"{find_root(src.resolve()).name}-dedup")
-    chosen = resolve_level(level, out)
-    options = Options(chosen, hash_decode, max_pixels, max_frames, flips, rotations)
+    chosen, by = resolve_auto(level, encoder, out)
+    options = Options(
+        chosen, by, weights, weights_sha256, max_false_pairs, hash_decode, max_pixels, max_frames, flips, rotations
+    )
     run = deduplicate(src, out, options, jobs=jobs)
     if report:
         from dedup.report import write_report

@@ -4,47 +4,12 @@ In: rows with their hashes, candidates of the search. Out: the pairs table, deci
 holds. Reads pictures again through a `Reader`; knows nothing of how they were found.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 import polars as pl
 
-from dedup import clustering, detail, engine, hamming, hashing, look, manifest, policy, verify
-from dedup.fingerprint import DecodeOptions
+from dedup import clustering, copies, detail, hamming, look, manifest, policy, verify
 from dedup.manifest import ORIENTATIONS
-
-ROWS = 64  # of a file of thumbnails
-ITEMS = 16  # rows or pairs of another task: these take milliseconds each, and all workers should have some
-
-
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """What the second reading of rows needs: where they are, how they are decoded, and who does it."""
-
-    src: Path
-    work: Path
-    decode: DecodeOptions
-    workers: engine.Workers
-
-    def run[T](self, function: Callable[..., list[T]], items: list) -> list[T]:
-        """`function(src, part, options)` over parts of the items; the results of all."""
-        parts = [items[start : start + ITEMS] for start in range(0, len(items), ITEMS)]
-        results = self.workers.run(function, [(self.src, part, self.decode) for part in parts])
-        return [result for part in results for result in part]
-
-    def thumbnails(self, rows: pl.DataFrame) -> look.Thumbnails:
-        """Of the given rows; each file is named by what is in it, so a second run makes none anew."""
-        folder = self.work / "thumbnails"
-        parts = list(rows.select(look.LOCATION).iter_slices(ROWS))
-        names = [hashing.digest("".join(part["sha256"]).encode())[:20] for part in parts]
-        paths = [folder / f"{name}.npy" for name in names]
-        tasks = [(self.src, part.rows(), path, self.decode) for part, path in zip(parts, paths, strict=True)]
-        list(self.workers.run(look.make_thumbnails, tasks))
-        for stale in set(folder.glob("*.npy")) - set(paths):
-            stale.unlink()
-        return look.Thumbnails(rows["id"].to_numpy(), paths, ROWS)
+from dedup.reader import Reader
 
 
 def accept_pairs(
@@ -109,19 +74,27 @@ def _by_id(pairs: pl.DataFrame) -> pl.DataFrame:
         orientation=pl.when(pl.col("i") < pl.col("j")).then(forward).otherwise(backward),
     )
     return (
-        table.select(pl.col(c).cast(t) for c, t in manifest.PAIRS_SCHEMA.items())
+        manifest.conform(table, manifest.PAIRS_SCHEMA)
         .unique(["a", "b"], keep="first", maintain_order=True)
         .sort("a", "b")
     )
 
 
 def settle(
-    rows: pl.DataFrame, pairs: pl.DataFrame, reader: Reader, *, flips: str, rotations: str
+    rows: pl.DataFrame,
+    pairs: pl.DataFrame,
+    reader: Reader,
+    *,
+    flips: str,
+    rotations: str,
+    search: copies.CopySearch | None = None,
 ) -> tuple[pl.DataFrame, pl.DataFrame, pl.Series]:
     """Pairs, decisions and effective pixels, such that every pair that decides something was looked at up close.
 
     Decisions name the pairs that matter, those are compared again (copies that do not hold become look-alikes, copies
-    of other sizes are measured), and what that changes is decided anew, until nothing changes.
+    of other sizes are measured), and what that changes is decided anew, until nothing changes. Then `search` may add
+    pairs, and all begins again. Of its pairs those count that join two clusters or decide something; what they imply
+    is left out.
     """
     location = rows.select(look.LOCATION).rows()
     held, rank = detail.effective_pixels(rows, detail.size_pairs(rows, pairs.clear()), {}), rows["rank"]
@@ -131,8 +104,8 @@ def settle(
         decisions = clustering.decide(pairs, rank, flips=flips, rotations=rotations)
         deciding = decisions["pair"].drop_nulls().unique().sort().to_numpy()
         doubted = deciding[~confirmed[deciding] & (pairs["signal"].gather(deciding) == "pdq").to_numpy()]
-        confirmed[deciding] = True
         if len(doubted):
+            confirmed[doubted] = True
             columns = pairs[doubted].select("a", "b", "orientation").iter_rows()
             closely = [(location[a], location[b], ORIENTATIONS.index(orientation)) for a, b, orientation in columns]
             refuted = doubted[~np.array(reader.run(look.confirm_pairs, closely))]
@@ -140,14 +113,62 @@ def settle(
             pairs = pairs.with_columns(pl.when(wrong).then(pl.lit("look-alike")).otherwise("class").alias("class"))
             if len(refuted):
                 continue
-        sized = detail.size_pairs(rows, pairs.filter(pl.Series(confirmed)))
+        claimed = deciding[~confirmed[deciding] & (pairs["signal"].gather(deciding) == "copy").to_numpy()]
+        confirmed[deciding] = True
+        if search is not None and len(claimed):
+            pairs = _replace(pairs, claimed, search.confirm(pairs[claimed]))
+            continue
+        whole = pl.Series(confirmed) & (pairs["signal"] != "copy")  # a part of a picture holds less than the picture
+        sized = detail.size_pairs(rows, pairs.filter(whole))
         wanted = {location[row][-1]: location[row] for row in pl.concat([sized["larger"], sized["smaller"]])}
         missing = sorted(sha256 for sha256 in wanted if sha256 not in spectra)
         spectra |= zip(missing, reader.run(look.measure_detail, [wanted[sha256] for sha256 in missing]), strict=True)
-        before, held = held, detail.effective_pixels(rows, sized, spectra)
-        if held.equals(before):
-            return *share_fate(pairs, decisions, rank), held
-        rank = policy.keeper_rank(rows, held)
+        held = detail.effective_pixels(rows, sized, spectra)
+        before, rank = rank, policy.keeper_rank(rows, held, policy.count_partners(pairs, len(rows)))
+        if not rank.equals(before):
+            continue
+        if search is not None:
+            more = search.find(pairs, decisions, rank)
+            if len(more):
+                pairs, confirmed = pl.concat([pairs, more]), np.append(confirmed, np.zeros(len(more), bool))
+                rank = policy.keeper_rank(rows, held, policy.count_partners(pairs, len(rows)))
+                continue
+            links = _links(pairs, confirmed, len(rows))
+            if len(links):
+                confirmed[links] = True
+                pairs = _replace(pairs, links, search.confirm(pairs[links]))
+                continue
+            pairs, decisions = _leave_out(pairs, decisions, confirmed)
+        return *share_fate(pairs, decisions, rank), held
+
+
+def _links(pairs: pl.DataFrame, confirmed: np.ndarray, n: int) -> np.ndarray:
+    """Numbers of pairs of the copy search that would join two components: the best one for each two."""
+    found = (pairs["signal"] == "copy") & pairs["class"].eq_missing("copy")
+    known = pairs.filter((pl.Series(confirmed) | (pairs["signal"] != "copy")) & pairs["class"].eq_missing("copy"))
+    component = pl.Series(clustering.components(known, n))
+    open_ = pairs.with_row_index("pair").filter(found & ~pl.Series(confirmed)).select("pair", "a", "b", "inliers")
+    a, b = component.gather(open_["a"]), component.gather(open_["b"])
+    apart = open_.with_columns(low=pl.min_horizontal(a, b), high=pl.max_horizontal(a, b)).filter(a != b)
+    best = apart.sort(-pl.col("inliers"), "pair").unique(["low", "high"], keep="first", maintain_order=True)
+    return best["pair"].sort().to_numpy()
+
+
+def _replace(pairs: pl.DataFrame, numbers: np.ndarray, rows: pl.DataFrame) -> pl.DataFrame:
+    """The table with these rows instead of those of these numbers."""
+    order = np.arange(len(pairs))
+    order[numbers] = len(pairs) + np.arange(len(numbers))
+    return pl.concat([pairs, rows])[order]
+
+
+def _leave_out(
+    pairs: pl.DataFrame, decisions: pl.DataFrame, confirmed: np.ndarray
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Without the pairs of the copy search that are implied (nobody looked at them) or refuted (no class)."""
+    stays = pairs["class"].is_not_null() & (pl.Series(confirmed) | (pairs["signal"] != "copy"))
+    number = stays.cast(pl.Int64).cum_sum() - 1
+    chosen = number.gather(decisions["pair"]).cast(decisions["pair"].dtype)
+    return pairs.filter(stays), decisions.with_columns(pair=chosen)
 
 
 def share_fate(pairs: pl.DataFrame, decisions: pl.DataFrame, rank: pl.Series) -> tuple[pl.DataFrame, pl.DataFrame]:

@@ -25,7 +25,9 @@ CLASSES = ("copy", "same-scene", "look-alike")
 # Dihedral group as PDQ lists it: rotation by 90° steps counter-clockwise, `m` = mirrored left-right first.
 ORIENTATIONS = ("r0", "r90", "r180", "r270", "m0", "m90", "m180", "m270")
 
-SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
+type Schema = dict[str, pl.DataType | type[pl.DataType]]
+
+SCHEMA: Schema = {
     "id": pl.Int64,  # row position, stable
     "source": pl.String,  # sub-source: top-level folder of the key, else the name of SRC
     "shard": pl.String,  # tar file relative to SRC; null for a folder of images
@@ -61,16 +63,20 @@ SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
     "weight": pl.Float64,  # sampling weight
 }
 
-PAIRS_SCHEMA: dict[str, pl.DataType | type[pl.DataType]] = {
+PAIRS_SCHEMA: Schema = {
     "a": pl.Int64,  # a < b
     "b": pl.Int64,
     "class": pl.String,
-    "signal": pl.String,  # bytes, pixels, pdq
-    "score": pl.Float64,
-    "hamming": pl.Int32,  # PDQ distance at `orientation`; null for bytes
+    "signal": pl.String,  # bytes, pixels, pdq, copy
+    "score": pl.Float64,  # higher = more alike, 0 … 1
+    "hamming": pl.Int32,  # PDQ distance at `orientation`; null for bytes and copy
     "residual": pl.Float64,  # RMS colour difference of the aligned thumbnails, 0 … 1
     "worst_tile": pl.Float64,  # largest RMS over the tiles of the thumbnail, 0 … 1
-    "orientation": pl.String,  # what turns a into b
+    "orientation": pl.String,  # what turns a into b; of signal copy: the nearest quarter turn
+    "cosine": pl.Float64,  # of the embeddings; null unless they found the pair
+    "inliers": pl.Int32,  # of signal copy: distinct local features that the transform carries onto each other
+    "overlap": pl.Float64,  # share of the picture that lies more in the other one, 0 … 1
+    "transform": pl.List(pl.Float64),  # 3 × 3 by rows: positions of a (mirrored if `m…`) → b, in their longer sides
 }
 
 
@@ -130,10 +136,10 @@ def write_parquet(path: Path, frame: pl.DataFrame) -> None:
     write_atomic(path, lambda temporary: frame.write_parquet(temporary, metadata=metadata))
 
 
-def conform(frame: pl.DataFrame) -> pl.DataFrame:
-    """Add missing columns as nulls and put all of them in the order and dtypes of `SCHEMA`."""
-    missing = [pl.lit(None, dtype=t).alias(c) for c, t in SCHEMA.items() if c not in frame.columns]
-    return frame.with_columns(missing).select(pl.col(c).cast(t) for c, t in SCHEMA.items())
+def conform(frame: pl.DataFrame, schema: Schema = SCHEMA) -> pl.DataFrame:
+    """Add missing columns as nulls and put all of them in the order and dtypes of the schema."""
+    missing = [pl.lit(None, dtype=t).alias(c) for c, t in schema.items() if c not in frame.columns]
+    return frame.with_columns(missing).select(pl.col(c).cast(t) for c, t in schema.items())
 
 
 def validate(frame: pl.DataFrame) -> None:

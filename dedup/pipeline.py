@@ -19,7 +19,21 @@ import numpy as np
 import polars as pl
 from tqdm import tqdm
 
-from dedup import clustering, engine, fingerprint, images, judge, manifest, policy, search, sources, verify
+from dedup import (
+    clustering,
+    copies,
+    embedding,
+    engine,
+    fingerprint,
+    images,
+    judge,
+    manifest,
+    policy,
+    search,
+    sources,
+    verify,
+)
+from dedup.reader import Reader
 
 LIBRARIES = ("unmemorize", "pillow", "imagehash", "numpy", "polars", "opencv-python-headless", "simplejpeg")
 
@@ -36,7 +50,11 @@ class OptionsError(ValueError):
 class Options:
     """What decides the result; recorded in run.json. Two runs with equal options on one source give equal bytes."""
 
-    level: str = "hash"  # "exact": equal bytes only; "hash": PDQ candidates, verified
+    level: str = "hash"  # "exact": equal bytes only; "hash": PDQ candidates, verified; "copy": edited copies too
+    encoder: str | None = None  # of level "copy": "local" or a name in `embedding.ENCODERS`
+    weights: str | None = None
+    weights_sha256: str | None = None
+    max_false_pairs: float | None = None  # unrelated pairs that may be compared; None: three a picture
     hash_decode: str = "fast"
     max_pixels: int = images.MAX_PIXELS
     max_frames: int = images.MAX_FRAMES
@@ -65,26 +83,35 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
         rows = rows.with_columns(rank=policy.keeper_rank(rows))
         with _timed(seconds, "search"):
             candidates = find_candidates(rows, options, workers.jobs)
-        reader = judge.Reader(src, work, decode, workers)
+        reader = Reader(src, work, decode, workers)
         with _timed(seconds, "verify"):
             rows, pairs = judge.accept_pairs(rows, candidates, reader, flat=options.level != "exact")
+        copy_search = _copy_search(rows, reader, out, options) if options.level == "copy" else None
         with _timed(seconds, "decide"):
-            pairs, decisions, held = judge.settle(rows, pairs, reader, flips=options.flips, rotations=options.rotations)
+            keep = {"flips": options.flips, "rotations": options.rotations}
+            pairs, decisions, held = judge.settle(rows, pairs, reader, search=copy_search, **keep)
             table = decide(rows.with_columns(effective_pixels=held), pairs, decisions)
-            pairs = pairs.unique(["a", "b"], keep="first", maintain_order=True).sort("a", "b")
+            pairs = pairs.sort("a", "b", pl.col("class") != "copy", maintain_order=True).unique(
+                ["a", "b"], keep="first", maintain_order=True
+            )
         with _timed(seconds, "write"):
             counts = count(table, pairs) | {"rows_at_limit": count_at_limit(candidates)}
+            if copy_search is not None:
+                counts["copy_search"] = copy_search.counts | {"null": copy_search.describe_null(pairs)}
             run = write_outputs(out, src, shards, table, pairs, options, counts)
         manifest.write_json(out / "timings.json", {k: round(v, 3) for k, v in seconds.items()})
     return run
 
 
-def resolve_level(level: str, out: Path) -> str:
-    """What `auto` means: the level of the run that OUT holds, else the best there is."""
+def resolve_auto(level: str, encoder: str, out: Path) -> tuple[str, str | None]:
+    """What `auto` means: level and encoder of the run that OUT holds, else the best there is."""
     recorded = out / ".work" / "options.json"
-    if level != "auto":
-        return level
-    return manifest.read_json(recorded)["options"]["level"] if recorded.exists() else "hash"
+    before = manifest.read_json(recorded)["options"] if recorded.exists() else {}
+    if level == "auto":
+        level = before.get("level", "copy")
+    if level != "copy":
+        return level, None
+    return level, (before.get("encoder") or embedding.default_encoder()) if encoder == "auto" else encoder
 
 
 @contextmanager
@@ -173,6 +200,11 @@ def find_candidates(rows: pl.DataFrame, options: Options, jobs: int) -> pl.DataF
         ids.gather(found["i"]).alias("i"), ids.gather(found["j"]).alias("j"), signal=pl.lit("pdq")
     )
     return pl.concat([equal_bytes, near])
+
+
+def _copy_search(rows: pl.DataFrame, reader: Reader, out: Path, options: Options) -> copies.CopySearch:
+    encoder, weights = options.encoder or embedding.default_encoder(), (options.weights, options.weights_sha256)
+    return copies.CopySearch(rows, reader, out, encoder, weights, options.max_false_pairs)
 
 
 def decide(rows: pl.DataFrame, pairs: pl.DataFrame, decisions: pl.DataFrame) -> pl.DataFrame:

@@ -1,21 +1,27 @@
 """Which of two copies is kept, and what becomes of the captions.
 
-Keeper order is a total order of the rows, independent of the order of arrival: the picture that holds more pixels
-first; of those that hold the same, the one that was not enlarged; then more bytes, then one that has a caption, then by
-content hash, then a file before a link to it, then by key.
+Keeper order is a total order of the rows, independent of the order of arrival. At copy level the picture that most
+others share parts with comes first (in powers of two): a row is only dropped to one that it matches itself, and what
+lies in the middle leaves fewest behind. Then the picture that holds more pixels; of those that hold the same, the one
+that was not enlarged; then more bytes, then one that has a caption, then by content hash, then a file before a link to
+it, then by key.
 """
 
+import numpy as np
 import polars as pl
 
 
-def keeper_rank(rows: pl.DataFrame, effective_pixels: pl.Series | None = None) -> pl.Series:
+def keeper_rank(
+    rows: pl.DataFrame, effective_pixels: pl.Series | None = None, partners: pl.Series | None = None
+) -> pl.Series:
     """Rank of every row in keeper order: 0 = kept before all others. Rows that are not `ok` come last.
 
-    effective_pixels: of `detail.effective_pixels`; None = width × height.
+    effective_pixels: of `detail.effective_pixels`; None = width × height. partners: of `count_partners`; None = none.
     """
     area = (pl.col("width").cast(pl.Int64) * pl.col("height").cast(pl.Int64)).fill_null(0)
     order = rows.with_row_index("row").sort(
         pl.col("status") != "ok",
+        *([] if partners is None else [-(partners + 1).log(2).floor()]),
         -(area if effective_pixels is None else pl.lit(effective_pixels)),
         area,
         -pl.col("size").fill_null(0),
@@ -27,6 +33,13 @@ def keeper_rank(rows: pl.DataFrame, effective_pixels: pl.Series | None = None) -
     )["row"]
     rank = pl.DataFrame({"row": order, "rank": pl.int_range(len(order), eager=True)}).sort("row")
     return rank["rank"]
+
+
+def count_partners(pairs: pl.DataFrame, n: int) -> pl.Series:
+    """How many pairs of the copy search each of n rows has: they hold parts of it, or it is a part of them."""
+    edited = pairs.filter((pl.col("signal") == "copy") & (pl.col("class") == "copy"))
+    ends = np.concatenate([edited["a"].to_numpy(), edited["b"].to_numpy()])
+    return pl.Series("partners", np.bincount(ends, minlength=n))
 
 
 def has_caption() -> pl.Expr:

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from dedup import manifest, sources
-from dedup.pipeline import Options, OptionsError, deduplicate, resolve_level
+from dedup.embedding import default_encoder
+from dedup.pipeline import Options, OptionsError, deduplicate, resolve_auto
 
 
 def picture(seed: int, size: int = 160) -> Image.Image:
@@ -145,10 +146,12 @@ def test_names_survive_whatever_their_bytes() -> None:
 
 
 def test_auto_goes_on_with_the_level_of_the_run(folder: Path, tmp_path: Path) -> None:
-    assert resolve_level("auto", tmp_path / "out") == "hash"
+    assert resolve_auto("auto", "auto", tmp_path / "out") == ("copy", default_encoder())
+    assert resolve_auto("hash", "auto", tmp_path / "out") == ("hash", None)
     deduplicate(folder, tmp_path / "out", Options("exact"))
-    assert resolve_level("auto", tmp_path / "out") == "exact"
-    assert resolve_level("hash", tmp_path / "out") == "hash"
+    assert resolve_auto("auto", "auto", tmp_path / "out") == ("exact", None)
+    deduplicate(folder, tmp_path / "other", Options("copy", "local"))
+    assert resolve_auto("auto", "auto", tmp_path / "other") == ("copy", "local")
 
 
 def test_exact_hashing_is_imagehash_itself(folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,270 @@
+"""The copy level: pictures that were cropped, framed, turned, faded … → pairs with evidence.
+
+In: rows, and the stars that the hash level made of them. One representative of each star is embedded and looked up
+among the others; each candidate is matched by local features and laid over (`geometry`). Then gaps are closed: a kept
+row whose partner was dropped is compared with the row that it was dropped to, because only a direct match may delete.
+"""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from dedup import (
+    clustering,
+    embedding,
+    features,
+    geometry,
+    look,
+    manifest,
+    neighbours,
+    threshold,
+    vectors,
+    verify,
+    vocabulary,
+)
+from dedup.fingerprint import DecodeOptions
+from dedup.manifest import ORIENTATIONS, Schema
+from dedup.reader import ROWS, Reader
+
+MIN_COSINE = 0.1
+MAX_FALSE = 3  # unrelated pairs a picture that may be compared
+SAMPLE = 25_000_000  # numbers in the vectors of the random pairs that tell how alike unrelated pictures are
+FEW = 5_000  # pictures up to which the number of partners is limit enough
+SURE_TURN = 0.05  # of cosine, by which the mirrored picture must be more alike than the upright one, or less
+MIN_SIDE = 32  # pixels: smaller pictures hold too little to tell a copy from a look-alike
+PICTURE = 256  # JPEGs may be decoded at reduced scale down to this side before they are laid over each other
+REMEMBERED = 8  # pictures that a worker keeps decoded while it compares pairs
+MATCH: Schema = {"orientation": pl.String, "inliers": pl.Int32, "transform": pl.List(pl.Float64)}
+VERDICT: Schema = {"class": pl.String, "score": pl.Float64, "overlap": pl.Float64}
+
+
+@dataclass
+class CopySearch:
+    """Called with pairs and decisions, returns more pairs, until there are none. Remembers what it has compared."""
+
+    rows: pl.DataFrame
+    reader: Reader
+    out: Path
+    encoder: str
+    weights: tuple[str | None, str | None]  # where they are, and their SHA-256; None: as installed
+    max_false_pairs: float | None  # unrelated pairs that may be compared; None: MAX_FALSE a picture
+    stores: list[tuple[np.ndarray, list[Path]]] = field(default_factory=list)  # ids and files of features
+    compared: pl.DataFrame | None = None
+    random: pl.DataFrame | None = None  # pairs a, b of representatives, with their cosine
+    counts: dict[str, Any] = field(default_factory=dict)  # for run.json
+
+    def find(self, pairs: pl.DataFrame, decisions: pl.DataFrame, rank: pl.Series) -> pl.DataFrame:
+        """New rows of the pairs table (`manifest.PAIRS_SCHEMA`), signal `copy`: their features agree; see `confirm`."""
+        if self.compared is None:
+            candidates = self._search(decisions)
+            self.compared = candidates.select("a", "b").clear()
+        else:
+            candidates = bridges(pairs, decisions, rank)
+        for known in (self.compared, pairs.filter(pl.col("class") == "copy")):
+            candidates = candidates.join(known, on=["a", "b"], how="anti", maintain_order="left")
+        self.compared = pl.concat([self.compared, candidates.select("a", "b")])
+        places = self._places(candidates)
+        items = [(*places[a], *places[b], hint) for a, b, hint in candidates.select("a", "b", "mirrored").iter_rows()]
+        matched = pl.DataFrame(self.reader.run(match_pairs, items), schema=MATCH, orient="row")
+        found = pl.concat([candidates.drop("mirrored"), matched], how="horizontal").filter(
+            pl.col("transform").is_not_null()
+        )
+        found = found.with_columns(**{"class": pl.lit("copy")}, signal=pl.lit("copy"))
+        return manifest.conform(found, manifest.PAIRS_SCHEMA)
+
+    def confirm(self, pairs: pl.DataFrame) -> pl.DataFrame:
+        """The pairs with what a look at their pictures says: class (null: nothing), score, overlap."""
+        location = self.rows.select(look.LOCATION).rows()
+        columns = pairs.select("a", "b", "orientation", "inliers", "transform").iter_rows()
+        items = [(location[a], location[b], *match) for a, b, *match in columns]
+        judged = pl.DataFrame(self.reader.run(judge_pairs, items), schema=VERDICT, orient="row")
+        return pairs.with_columns(judged.get_columns())
+
+    def _search(self, decisions: pl.DataFrame) -> pl.DataFrame:
+        """Candidates: ids a < b, cosine, and whether a mirrored resembles b more, if known."""
+        side = pl.min_horizontal("width", "height")
+        is_star = decisions["cluster_id"] == self.rows["id"]
+        chosen = self.rows.filter(is_star & (pl.col("status") == "ok") & (side >= MIN_SIDE))
+        if self.encoder == "local":
+            meta, found, mirrored = self._encode_locally(chosen)
+        else:
+            meta = embedding.resolve(self.encoder, *self.weights).meta()
+            vectors.check_same(self.out, meta)
+            paths = self.reader.write_parts(
+                f"embeddings-{self.encoder}", chosen, embedding.embed_rows, self.encoder, *self.weights
+            )
+            found, mirrored = np.concatenate([np.load(path) for path in paths]), None
+        ids = chosen["id"].to_numpy()
+        vectors.write_embeddings(self.out, meta, ids, found)
+        i, j = threshold.sample_pairs(len(ids), SAMPLE // found.shape[1])
+        self.random = pl.DataFrame({"a": ids[i], "b": ids[j], "cosine": _cosines(found, mirrored, i, j)[0]})
+        floor = self._choose_floor(self.random["cosine"].to_numpy(), len(ids))
+        near = find_near(found, mirrored, floor, self.reader.workers.jobs)
+        self.counts |= {"encoder": self.encoder, "pictures": len(ids), "floor": floor, "candidates": len(near)}
+        return near.with_columns(a=pl.Series(ids).gather(near["i"]), b=pl.Series(ids).gather(near["j"])).drop("i", "j")
+
+    def _choose_floor(self, cosines: np.ndarray, n: int) -> float:
+        """The least cosine of a candidate among n pictures: few unrelated ones (of random pairs) reach it."""
+        if self.max_false_pairs is None and n <= FEW:
+            return MIN_COSINE
+        try:
+            tail = threshold.fit_tail(cosines, n * (n - 1) // 2)
+        except threshold.ThresholdError:
+            return MIN_COSINE  # too few pictures: all their nearest are compared
+        allowed = MAX_FALSE * n if self.max_false_pairs is None else self.max_false_pairs
+        return max(MIN_COSINE, round(tail.threshold_for(allowed).value, 4))
+
+    def describe_null(self, pairs: pl.DataFrame) -> dict[str, Any]:
+        """What `threshold.describe` says of random pairs of the representatives, without those found to be related."""
+        if self.random is None:
+            return {}
+        unrelated = self.random.join(pairs, on=["a", "b"], how="anti")
+        n = self.counts["pictures"]
+        try:
+            tail = threshold.fit_tail(unrelated["cosine"].to_numpy(), n * (n - 1) // 2)
+        except threshold.ThresholdError as error:
+            return {"error": str(error)}
+        return threshold.describe(tail) | {"expected_at_floor": tail.expected(self.counts["floor"])}
+
+    def _encode_locally(self, chosen: pl.DataFrame) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+        """Vectors of the pictures and of their mirror images, float16 (n, d) each."""
+        paths = self._extract(chosen)
+        step = -(-len(chosen) // vocabulary.SAMPLE)
+        sample = [features.unpack(_open(paths[n // ROWS])[n % ROWS]) for n in range(0, len(chosen), step or 1)]
+        learned = vocabulary.learn(sample)
+        path = self.out / "embeddings" / "local" / "vocabulary.npz"
+        digest = vocabulary.save(path, learned)
+        items = [(part, path, digest) for part in paths]
+        encoded = np.concatenate(list(self.reader.workers.run(encode_features, items)) or [np.zeros((2, 0, 1))], axis=1)
+        meta = {"encoder": "local", "weights_sha256": digest, "preprocessing": vocabulary.DESCRIPTION}
+        return meta | {"dimension": encoded.shape[2]}, encoded[0], encoded[1]
+
+    def _extract(self, chosen: pl.DataFrame) -> list[Path]:
+        paths = self.reader.write_parts(f"features-{len(self.stores)}", chosen, extract_features)
+        self.stores.append((chosen["id"].to_numpy(), paths))
+        return paths
+
+    def _places(self, candidates: pl.DataFrame) -> dict[int, tuple[Path, int]]:
+        """Where the features of these rows are: file, and number in it."""
+        wanted = np.unique(np.concatenate([candidates["a"].to_numpy(), candidates["b"].to_numpy()]))
+        missing = np.setdiff1d(wanted, np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in self.stores)]))
+        if len(missing):
+            self._extract(self.rows[missing.tolist()])
+        return {
+            row: (paths[number // ROWS], number % ROWS)
+            for ids, paths in self.stores
+            for number, row in enumerate(ids.tolist())
+        }
+
+
+def find_near(found: np.ndarray, mirrored: np.ndarray | None, floor: float, jobs: int) -> pl.DataFrame:
+    """Vectors in id order → i < j, cosine, mirrored (null where both ways are worth a try)."""
+    near = neighbours.join_cosine(found, threshold=floor, jobs=jobs).pairs.select("i", "j")
+    if mirrored is not None:
+        across, _ = neighbours.nearest(mirrored, found, threshold=floor, jobs=jobs)  # (n, k)
+        row, place = np.nonzero(across >= 0)
+        other = across[row, place]
+        turned = pl.DataFrame({"i": np.minimum(row, other), "j": np.maximum(row, other)})
+        near = pl.concat([near, turned.filter(pl.col("i") < pl.col("j"))]).unique().sort("i", "j")
+    cosine, gain = _cosines(found, mirrored, near["i"].to_numpy(), near["j"].to_numpy())
+    return near.with_columns(cosine=cosine, gain=gain).select(
+        "i", "j", "cosine", mirrored=pl.when(pl.col("gain").abs() > SURE_TURN).then(pl.col("gain") > 0)
+    )
+
+
+def _cosines(
+    found: np.ndarray, mirrored: np.ndarray | None, i: np.ndarray, j: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """float64 (pairs,): the better cosine of upright and mirrored, and what mirroring gains (0 if unknown)."""
+    upright = neighbours.cosines(found, i, found, j)
+    if mirrored is None:
+        return upright, np.zeros(len(i))
+    turned = neighbours.cosines(mirrored, i, found, j)
+    return np.maximum(upright, turned), turned - upright
+
+
+def bridges(pairs: pl.DataFrame, decisions: pl.DataFrame, rank: pl.Series) -> pl.DataFrame:
+    """Candidates (a, b; cosine and mirrored null): kept rows that may be upright copies, though nobody has looked.
+
+    A kept row that matches a dropped one may match what that was dropped to. Kept rows that are turned against the
+    keeper of their star in the same way may be upright to each other: each is paired with the first of them.
+    """
+    copies = pairs.with_row_index("pair").filter(pl.col("class") == "copy")
+    ends = pl.concat([copies.select(row="a", other="b"), copies.select(row="b", other="a")])
+    kept_id, keep = decisions["kept_id"], decisions["keep"]
+    found = ends.with_columns(other=kept_id.gather(ends["other"]), keep=keep.gather(ends["row"]))
+    found = found.filter(pl.col("keep") & pl.col("other").is_not_null()).select("row", "other")
+    inverse = {name: clustering.inverse_orientation(name) for name in ORIENTATIONS}
+    turned = decisions.with_row_index("row").filter(pl.col("keep") & pl.col("pair").is_not_null())
+    turned = turned.select(pl.col("row").cast(pl.Int64), "cluster_id", pl.col("pair").cast(copies["pair"].dtype))
+    turned = turned.join(copies.select("pair", "a", "orientation"), on="pair").with_columns(
+        turn=pl.when(pl.col("row") == pl.col("a"))
+        .then("orientation")
+        .otherwise(pl.col("orientation").replace(inverse)),
+        rank=rank.gather(turned["row"]),
+    )
+    first = turned.select("row", other=pl.col("row").sort_by("rank").first().over("cluster_id", "turn"))
+    near = pl.concat([found, first]).filter(pl.col("row") != pl.col("other"))
+    both = near.select(a=pl.min_horizontal("row", "other"), b=pl.max_horizontal("row", "other")).unique().sort("a", "b")
+    return both.with_columns(cosine=pl.lit(None, pl.Float64), mirrored=pl.lit(None, pl.Boolean))
+
+
+def extract_features(src: Path, rows: list[tuple], path: Path, options: DecodeOptions) -> None:
+    """Write `features.RECORD` (rows,) to `path`, unless it is there."""
+    if path.exists():
+        return
+    records = np.zeros(len(rows), features.RECORD)
+    for number, row in enumerate(rows):
+        picture = look.read_again(src, row, options, min_side=features.SIDE)
+        records[number] = features.pack(features.extract(picture.pixels))
+    vectors.save(path, records)
+
+
+def encode_features(path: Path, learned: Path, digest: str) -> np.ndarray:
+    """Features of a file → float16 (2, rows, d): the pictures, and their mirror images."""
+    words = vocabulary.load(learned, digest)
+    found = [features.unpack(record) for record in np.load(path)]
+    upright = [words.encode(each) for each in found]
+    mirrored = [words.encode(features.mirror(each)) for each in found]
+    return np.array([upright, mirrored], np.float16)
+
+
+def match_pairs(src: Path, pairs: list[tuple], options: DecodeOptions) -> list[tuple]:
+    """(file and number of the features of a, of b, whether a is mirrored, if known) → MATCH; nulls where none holds."""
+    results: list[tuple] = []
+    for path_a, number_a, path_b, number_b, mirrored in pairs:
+        a, b = (features.unpack(_open(path)[number]) for path, number in ((path_a, number_a), (path_b, number_b)))
+        found = geometry.match(a, b, mirrored)
+        if found is None:
+            results.append((None, 0, None))
+        else:
+            name = ORIENTATIONS[geometry.orientation(found)]
+            results.append((name, found.inliers, found.transform.ravel().tolist()))
+    return results
+
+
+@lru_cache(256)
+def _open(path: Path) -> np.ndarray:
+    return np.load(path, mmap_mode="r")
+
+
+def judge_pairs(src: Path, pairs: list[tuple], options: DecodeOptions) -> list[tuple]:
+    """(location of a, of b, orientation, inliers, transform) → VERDICT."""
+    load = lru_cache(REMEMBERED)(lambda row, side: look.read_again(src, row, options, min_side=side))
+    results = []
+    for row_a, row_b, name, inliers, transform in pairs:
+        a, b = load(row_a, PICTURE), load(row_b, PICTURE)
+        found = geometry.Match(np.array(transform).reshape(3, 3), name.startswith("m"), inliers)
+        alignment = geometry.align(a.pixels, b.pixels, found)
+        kind = geometry.classify(found, alignment)
+        if kind is not None and geometry.is_drawing_in_same_frame(alignment):
+            close = verify.is_same_picture(
+                load(row_b, look.CLOSE_SIDE), load(row_a, look.CLOSE_SIDE), ORIENTATIONS.index(name)
+            )
+            kind = "copy" if close else "look-alike"
+        results.append((kind, alignment.score, alignment.overlap))
+    return results

@@ -1,0 +1,270 @@
+"""Two pictures → is there one plane motion that lays a part of one onto the other, and do they agree there?
+
+First `match`: local features that are each other's best (Lowe's ratio test) and that one affine map or homography
+carries onto each other. It costs a millisecond, reads no pixels and rejects nearly everything. Then `align`: the
+pictures themselves are laid over each other and compared place by place. A logo, caption bar or border that two
+pictures share has features in common, but the rest of what overlaps does not agree.
+"""
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from dedup.features import Features, mirror
+
+RATIO = 0.85  # of the distances to the best and the second best descriptor
+TOLERANCE = 4 / 256  # of the longer side: how far a carried keypoint may lie from its partner
+LOOSE = 4  # times the tolerance: what an affine map may leave of a perspective
+MAX_STRETCH = 2.5  # larger singular value of the map over the smaller one, beyond the aspect of a square
+MAX_SCALE = 8.0
+DISTINCT = 64  # keypoints of one cell of this grid are one piece of evidence
+ENOUGH = 25  # inliers upright: mirrored need not be tried
+MIN_INLIERS = 5  # what `align` is asked about
+
+SIDE = 128  # pixels of the longer side at which pictures are laid over each other
+SHIFT = 1  # pixels by which a place may be off
+WINDOW = 11  # pixels a side of a place
+MIN_CONTRAST = 0.02  # standard deviation of luma below which a place says nothing
+UNIFORM = 0.002  # standard deviation below which there is not even noise
+MIN_CORRELATION = 0.5  # of the luma of places with the same pattern
+COLOUR_WINDOW = 5
+COLOUR_LIMIT = 0.06  # of 1
+STEP = 16  # every so many pixels' colours are compared
+MAX_GAIN = 2.0  # of chroma
+
+# What makes a copy; chosen on benchmarks/copy_detection.py, whose held-out edits and pictures say how well.
+MIN_EVIDENCE = 8  # inliers
+MIN_OVERLAP = 0.5
+MIN_PLACES = 20
+COPY_SCORE = 0.72
+SURE_INLIERS, SURE_SCORE = 70, 0.62  # so many features outweigh text across and the like
+DRAWING = 0.1  # uniform share
+DRAWING_SCORE = 0.85
+SAME_FRAME = 0.95
+SCENE_INLIERS, SCENE_AGREEMENT = 12, 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """How a lies on b. The transform maps positions of a (of a mirrored a, if so) to b, in units of longer sides."""
+
+    transform: np.ndarray  # float64 (3, 3)
+    mirrored: bool
+    inliers: int  # distinct ones, in both pictures
+
+
+def match(a: Features, b: Features, mirrored: bool | None = None) -> Match | None:
+    """None when fewer than MIN_INLIERS agree. mirrored: whether a lies mirrored on b; None = whichever holds better."""
+    if mirrored is not None:
+        return _fit(mirror(a) if mirrored else a, b, mirrored)
+    upright = _fit(a, b, False)
+    if upright is not None and upright.inliers >= ENOUGH:
+        return upright
+    found = [m for m in (upright, _fit(mirror(a), b, True)) if m is not None]
+    return max(found, key=lambda m: m.inliers, default=None)
+
+
+def correspondences(a: Features, b: Features) -> tuple[np.ndarray, np.ndarray]:
+    """float32 (m, 2) positions in a and b of descriptors that are each other's nearest and pass the ratio test."""
+    if min(len(a.points), len(b.points)) < 2:
+        return a.points[:0], b.points[:0]
+    similarity = a.descriptors.astype(np.float32) @ b.descriptors.T.astype(np.float32) / 255**2  # (n_a, n_b)
+    rows = np.arange(len(similarity))
+    best = similarity.argmax(axis=1)
+    top = similarity[rows, best]
+    second = np.partition(similarity, -2, axis=1)[:, -2]
+    mutual = similarity.argmax(axis=0)[best] == rows
+    clear = 1 - np.minimum(top, 1) < RATIO**2 * (1 - np.minimum(second, 1))  # squared distances of unit vectors
+    chosen = np.flatnonzero(mutual & clear)
+    return a.points[chosen], b.points[best[chosen]]
+
+
+def _fit(a: Features, b: Features, mirrored: bool) -> Match | None:
+    p, q = correspondences(a, b)
+    if len(p) < MIN_INLIERS:
+        return None
+    affine, mask = cv2.estimateAffine2D(
+        p, q, method=cv2.RANSAC, ransacReprojThreshold=TOLERANCE, maxIters=2_000, confidence=0.999
+    )
+    if affine is None or not _is_plausible(affine):
+        return None
+    transform = np.vstack([affine, [0, 0, 1]])
+    inside = mask.ravel().astype(bool)
+    if inside.sum() >= 3 * MIN_INLIERS:
+        near = np.linalg.norm(_carry(transform, p) - q, axis=1) < LOOSE * TOLERANCE
+        projective, _ = cv2.findHomography(p[near], q[near], cv2.RANSAC, TOLERANCE, maxIters=500)
+        if projective is not None:
+            held = np.linalg.norm(_carry(projective, p) - q, axis=1) < TOLERANCE
+            if held.sum() >= inside.sum():
+                transform, inside = projective, held
+    inliers = min(_count_distinct(p[inside]), _count_distinct(q[inside]))
+    return Match(transform, mirrored, inliers) if inliers >= MIN_INLIERS else None
+
+
+def _is_plausible(affine: np.ndarray) -> bool:
+    """No fold, no extreme scale, no needle."""
+    linear = affine[:, :2]
+    large, small = np.linalg.svd(linear, compute_uv=False)
+    return np.linalg.det(linear) > 0 and small > 1 / MAX_SCALE and large < MAX_SCALE and large < MAX_STRETCH * small
+
+
+def _carry(transform: np.ndarray, points: np.ndarray) -> np.ndarray:
+    return cv2.perspectiveTransform(points[None].astype(np.float64), transform)[0]
+
+
+def _count_distinct(points: np.ndarray) -> int:
+    return len(np.unique(np.floor(points * DISTINCT).astype(int), axis=0))
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """How well two pictures agree where they overlap once one is laid onto the other. All but places: 0 … 1."""
+
+    overlap: float  # share of the picture that is covered more; 1 = one of them lies wholly inside the other
+    covered: float  # share of the other one
+    places: float  # windows of the overlap that have texture
+    uniform: float  # share of the overlap without as much as noise, in the picture that has more of it
+    agreement: float  # share of the textured places with the same pattern
+    unexplained: float  # share of the agreeing places whose colour no common tone curve, fading or tint explains
+
+    @property
+    def score(self) -> float:
+        return self.agreement * (1 - self.unexplained)
+
+
+def align(a: np.ndarray, b: np.ndarray, found: Match) -> Alignment:
+    """uint8 (H, W, 3) twice and their Match → Alignment. The frame is the picture that is covered more."""
+    if found.mirrored:
+        a = a[:, ::-1]
+    back = np.linalg.inv(found.transform)
+    of_a, of_b = _coverage(a.shape, b.shape, found.transform), _coverage(b.shape, a.shape, back)
+    frame, other, onto = (a, b, found.transform) if of_a >= of_b else (b, a, back)
+    x = _shrink(frame, SIDE)  # (h, w, 3)
+    y, inside = _lay_over(other, onto, x.shape[:2])
+    agrees, textured, uniform = _compare_patterns(x[..., 0], y[..., 0])
+    textured &= inside
+    known = inside & (agrees | ~textured)
+    unexplained = _share_unexplained(_blur(x, COLOUR_WINDOW), _blur(y, COLOUR_WINDOW), known)
+    return Alignment(
+        overlap=max(of_a, of_b),
+        covered=min(of_a, of_b),
+        places=float(textured.sum() / WINDOW**2),
+        uniform=float(uniform[:, inside].mean(axis=1).max()) if inside.any() else 1.0,
+        agreement=float(agrees[textured].mean()) if textured.any() else 0.0,
+        unexplained=unexplained,
+    )
+
+
+def classify(found: Match, alignment: Alignment) -> str | None:
+    """`copy`, `same-scene` or None: nothing that is worth a word.
+
+    Drawings (a tenth of the overlap is one even colour, which no camera gives) carry their meaning in few lines and
+    colours: they must agree nearly everywhere. Two drawings in the same frame are for `verify.is_same_picture`.
+    """
+    enough = alignment.overlap >= MIN_OVERLAP and alignment.places >= MIN_PLACES and found.inliers >= MIN_EVIDENCE
+    limit = SURE_SCORE if found.inliers >= SURE_INLIERS else COPY_SCORE
+    limit = DRAWING_SCORE if alignment.uniform > DRAWING else limit
+    if enough and alignment.score >= limit:
+        return "copy"
+    return "same-scene" if found.inliers >= SCENE_INLIERS and alignment.agreement >= SCENE_AGREEMENT else None
+
+
+def is_drawing_in_same_frame(alignment: Alignment) -> bool:
+    """Whether the whole of both pictures overlaps, and they look drawn."""
+    return alignment.covered >= SAME_FRAME and alignment.uniform > DRAWING
+
+
+def orientation(found: Match) -> int:
+    """Number in ORIENTATIONS of the quarter turn that is nearest to what turns a into b."""
+    linear = found.transform[:2, :2]
+    quarter = round(-np.degrees(np.arctan2(linear[1, 0] - linear[0, 1], linear[0, 0] + linear[1, 1])) / 90) % 4
+    return 4 * found.mirrored + quarter
+
+
+def _coverage(shape: tuple[int, ...], onto: tuple[int, ...], transform: np.ndarray) -> float:
+    """Share of a picture of `shape` that lands on one of shape `onto`."""
+    corners = _carry(transform, _corners(shape)).astype(np.float32)
+    common, _ = cv2.intersectConvexConvex(corners, _corners(onto))
+    return min(1.0, common / max(cv2.contourArea(corners), 1e-9))
+
+
+def _corners(shape: tuple[int, ...]) -> np.ndarray:
+    height, width = shape[0] / max(shape[:2]), shape[1] / max(shape[:2])
+    return np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
+
+
+def _shrink(pixels: np.ndarray, side: float) -> np.ndarray:
+    """uint8 (H, W, 3) → float32 (h, w, 3) luma, Cr, Cb of 0 … 1, longer side `side`."""
+    scale = side / max(pixels.shape[:2])
+    size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
+    small = cv2.resize(np.ascontiguousarray(pixels), size, interpolation=cv2.INTER_AREA)
+    return cv2.cvtColor(small.astype(np.float32) / 255, cv2.COLOR_RGB2YCrCb)
+
+
+def _lay_over(other: np.ndarray, onto: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The other picture in the frame, float32 (h, w, 3), and where it is, bool (h, w), half a window from its edge.
+
+    onto: (3, 3), positions of the frame → of the other picture.
+    """
+    zoom = np.sqrt(abs(np.linalg.det(onto[:2, :2]))) / abs(onto[2, 2])
+    small = _shrink(other, min(max(16.0, SIDE / zoom), max(other.shape[:2])))  # no finer than the frame shows it
+    unit, size = np.diag([1 / max(shape), 1 / max(shape), 1.0]), max(small.shape)
+    pixels = np.diag([size, size, 1.0]) @ onto @ unit  # of the frame → of the small picture
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    laid = cv2.warpPerspective(small, pixels, shape[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    there = cv2.warpPerspective(np.ones(small.shape[:2], np.uint8), pixels, shape[::-1], flags=flags)
+    margin = np.ones((WINDOW // 2, WINDOW // 2), np.uint8)
+    return laid, cv2.erode(there, margin, borderValue=1).astype(bool)
+
+
+def _compare_patterns(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """float32 (h, w) luma twice → where windows correlate, where either has contrast, and where each is uniform.
+
+    bool (h, w), (h, w), (2, h, w).
+    """
+    uniform = np.stack([_blur(luma * luma) - _blur(luma) ** 2 < UNIFORM**2 for luma in (x, y)])
+    x, y = (cv2.GaussianBlur(luma, (0, 0), 0.8) for luma in (x, y))
+    mean_x, mean_y = _blur(x), _blur(y)
+    variance_x, variance_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
+    best = np.full(x.shape, -1, np.float32)
+    for dx in range(-SHIFT, SHIFT + 1):
+        for dy in range(-SHIFT, SHIFT + 1):
+            moved = np.roll(y, (dy, dx), axis=(0, 1))
+            covariance = _blur(x * moved) - mean_x * np.roll(mean_y, (dy, dx), axis=(0, 1))
+            scale = np.sqrt(np.maximum(variance_x * np.roll(variance_y, (dy, dx), axis=(0, 1)), 0))
+            best = np.maximum(best, covariance / (scale + MIN_CONTRAST**2 / 2))
+    return best > MIN_CORRELATION, np.maximum(variance_x, variance_y) > MIN_CONTRAST**2, uniform
+
+
+def _blur(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
+    return cv2.blur(values, (window, window), borderType=cv2.BORDER_REFLECT)
+
+
+def _share_unexplained(x: np.ndarray, y: np.ndarray, known: np.ndarray) -> float:
+    """float32 (h, w, 3) twice, bool (h, w) → share of the known places off after the best tone curve, tint and light.
+
+    Editing a picture changes all of it alike, or more towards its corners; another picture differs in places. Either
+    may be the edited one.
+    """
+    places = np.argwhere(known)[::STEP]
+    if len(places) < MIN_PLACES:
+        return 1.0
+    light = _powers(places / max(known.shape) - 0.5)  # (n, 6)
+    x, y = (colours[tuple(places.T)].astype(np.float64) for colours in (x, y))
+    return min(float((_left_over(p, q, light) > COLOUR_LIMIT).mean()) for p, q in ((x, y), (y, x)))
+
+
+def _left_over(p: np.ndarray, q: np.ndarray, light: np.ndarray) -> np.ndarray:
+    """What a quadratic in luma, lit unevenly, and one gain and offset of chroma leave of q, given p: float (n,)."""
+    given = np.concatenate([light, p[:, :1] * light, p[:, :1] ** 2], axis=1)
+    weights, *_ = np.linalg.lstsq(given, q[:, 0], rcond=None)
+    luma = q[:, 0] - given @ weights
+    p_chroma, q_chroma = (colours[:, 1:] - colours[:, 1:].mean(axis=0) for colours in (p, q))
+    gain = np.clip((p_chroma * q_chroma).sum() / max((p_chroma**2).sum(), 1e-9), 0, MAX_GAIN)
+    return np.sqrt(luma**2 + ((q_chroma - gain * p_chroma) ** 2).sum(axis=1))
+
+
+def _powers(p: np.ndarray) -> np.ndarray:
+    x, y = p.T.astype(np.float64)
+    return np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=1)
