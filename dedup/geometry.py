@@ -41,7 +41,8 @@ COPY_SCORE = 0.72
 SURE_INLIERS, SURE_SCORE = 70, 0.62  # so many features outweigh text across and the like
 DRAWING = 0.1  # uniform share
 DRAWING_SCORE = 0.85
-SAME_FRAME = 0.95
+DRAWING_EVIDENCE = 12
+SAME_FRAME = 0.9
 SCENE_INLIERS, SCENE_AGREEMENT = 12, 0.4
 
 
@@ -127,6 +128,7 @@ class Alignment:
     uniform: float  # share of the overlap without as much as noise, in the picture that has more of it
     agreement: float  # share of the textured places with the same pattern
     unexplained: float  # share of the agreeing places whose colour no common tone curve, fading or tint explains
+    recoloured: float  # share of them with another colour
 
     @property
     def score(self) -> float:
@@ -145,7 +147,7 @@ def align(a: np.ndarray, b: np.ndarray, found: Match) -> Alignment:
     agrees, textured, uniform = _compare_patterns(x[..., 0], y[..., 0])
     textured &= inside
     known = inside & (agrees | ~textured)
-    unexplained = _share_unexplained(_blur(x, COLOUR_WINDOW), _blur(y, COLOUR_WINDOW), known)
+    unexplained, recoloured = _compare_colours(_blur(x, COLOUR_WINDOW), _blur(y, COLOUR_WINDOW), known)
     return Alignment(
         overlap=max(of_a, of_b),
         covered=min(of_a, of_b),
@@ -153,6 +155,7 @@ def align(a: np.ndarray, b: np.ndarray, found: Match) -> Alignment:
         uniform=float(uniform[:, inside].mean(axis=1).max()) if inside.any() else 1.0,
         agreement=float(agrees[textured].mean()) if textured.any() else 0.0,
         unexplained=unexplained,
+        recoloured=recoloured,
     )
 
 
@@ -160,12 +163,15 @@ def classify(found: Match, alignment: Alignment) -> str | None:
     """`copy`, `same-scene` or None: nothing that is worth a word.
 
     Drawings (a tenth of the overlap is one even colour, which no camera gives) carry their meaning in few lines and
-    colours: they must agree nearly everywhere. Two drawings in the same frame are for `verify.is_same_picture`.
+    colours: both must agree nearly everywhere. Two drawings in the same frame are for `verify.is_same_picture`.
     """
     enough = alignment.overlap >= MIN_OVERLAP and alignment.places >= MIN_PLACES and found.inliers >= MIN_EVIDENCE
-    limit = SURE_SCORE if found.inliers >= SURE_INLIERS else COPY_SCORE
-    limit = DRAWING_SCORE if alignment.uniform > DRAWING else limit
-    if enough and alignment.score >= limit:
+    if alignment.uniform > DRAWING:
+        plain = alignment.agreement * (1 - alignment.recoloured)
+        sure = found.inliers >= DRAWING_EVIDENCE and min(plain, alignment.score) >= DRAWING_SCORE
+    else:
+        sure = alignment.score >= (SURE_SCORE if found.inliers >= SURE_INLIERS else COPY_SCORE)
+    if enough and sure:
         return "copy"
     return "same-scene" if found.inliers >= SCENE_INLIERS and alignment.agreement >= SCENE_AGREEMENT else None
 
@@ -241,18 +247,19 @@ def _blur(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
     return cv2.blur(values, (window, window), borderType=cv2.BORDER_REFLECT)
 
 
-def _share_unexplained(x: np.ndarray, y: np.ndarray, known: np.ndarray) -> float:
-    """float32 (h, w, 3) twice, bool (h, w) → share of the known places off after the best tone curve, tint and light.
+def _compare_colours(x: np.ndarray, y: np.ndarray, known: np.ndarray) -> tuple[float, float]:
+    """float32 (h, w, 3) twice, bool (h, w) → shares of the known places whose colour is off.
 
-    Editing a picture changes all of it alike, or more towards its corners; another picture differs in places. Either
-    may be the edited one.
+    First, what the best tone curve, tint and light leave: editing a picture changes all of it alike, or more towards
+    its corners, and another picture differs in places. Either may be the edited one. Second, as they are.
     """
     places = np.argwhere(known)[::STEP]
     if len(places) < MIN_PLACES:
-        return 1.0
+        return 1.0, 1.0
     light = _powers(places / max(known.shape) - 0.5)  # (n, 6)
     x, y = (colours[tuple(places.T)].astype(np.float64) for colours in (x, y))
-    return min(float((_left_over(p, q, light) > COLOUR_LIMIT).mean()) for p, q in ((x, y), (y, x)))
+    left = min(float((_left_over(p, q, light) > COLOUR_LIMIT).mean()) for p, q in ((x, y), (y, x)))
+    return left, float((np.linalg.norm(x - y, axis=1) > COLOUR_LIMIT).mean())
 
 
 def _left_over(p: np.ndarray, q: np.ndarray, light: np.ndarray) -> np.ndarray:
