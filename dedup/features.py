@@ -39,7 +39,7 @@ def _detector() -> cv2.SIFT:
 
 
 def extract(pixels: np.ndarray) -> Features:
-    """uint8 (H, W, 3) → Features. Strongest keypoints first; none on a flat picture."""
+    """uint8 (H, W, 3) → Features; none on a flat picture."""
     height, width = pixels.shape[:2]
     scale = SIDE / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -51,6 +51,7 @@ def extract(pixels: np.ndarray) -> Features:
     found, raw = found[:POINTS], raw[:POINTS]  # OpenCV keeps more when the last ones are equally strong
     points = np.array([point.pt for point in found], np.float32)  # (n, 2)
     root = np.sqrt(raw / np.maximum(raw.sum(axis=1, keepdims=True), 1e-6))
+    points += 0.25  # OpenCV starts from an enlarged picture, and forgets that its pixels' centres have moved
     return Features(points / SIDE, np.rint(root * SCALE).astype(np.uint8), size[0] / SIDE)
 
 

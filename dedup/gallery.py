@@ -18,14 +18,20 @@ import polars as pl
 from dedup import clustering, engine, images, manifest, sources
 
 THUMBNAIL_SIDE = 128
+LARGE_SIDE, LARGE = 320, 2_000  # of pictures inside archives that are laid over each other; at most so many, 40 MB
 SHOWN_SIDE = 96  # pixels on the page: a JPEG may be decoded at reduced scale down to this
+NAME, LARGE_NAME = 20, 24  # hex digits of the content's SHA-256
 THUMBNAILS_PER_TASK = 256
 MEMBERS_FIRST = 12  # what report.js shows of a group before "show more": those get their thumbnails first
 MEMBERS = 500  # members of a group that are listed at all
 CHUNK_GROUPS, CHUNK_ROWS = 500, 5_000
 
-DUPLICATES, TURNED, ALIKE = 1, 2, 4  # kinds of group, as bits: one may hold removed and mirrored copies
-EVIDENCE = ["class", "signal", "score", "hamming", "residual", "worst_tile", "orientation"]
+DUPLICATES, TURNED, ALIKE, SCENE = 1, 2, 4, 8  # kinds of group, as bits: one may hold removed and mirrored copies
+MEASURES = ["class", "signal", "score", "hamming", "residual", "worst_tile"]
+EVIDENCE = [*MEASURES, "orientation", "cosine", "inliers", "overlap", "transform"]
+TRANSFORM = pl.List(pl.Float64)
+QUARTER = np.array([[0.0, 1, 0], [-1, 0, 1], [0, 0, 1]])  # a turn to the left of the square 0 … 1, y downwards
+MIRROR = np.array([[-1.0, 0, 1], [0, 1, 0], [0, 0, 1]])
 # What the page is told of a row, in this order; report.js reads the names from the index.
 FIELDS = [
     "key",
@@ -47,10 +53,12 @@ def group_rows(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
     """Every row that the gallery shows: FIELDS, id, location, `kind`, `number` of its group, `place` in it.
 
     Duplicates come before look-alikes, larger groups first; in a group the kept row, then what a person
-    should see first: the weakest matches among copies, the closest among look-alikes.
+    should see first: the weakest matches among copies, the closest among look-alikes. `transform` carries positions
+    of the row's partner onto the row, each in units of its own longer side; a mirror is part of it.
     """
+    pairs = pairs.with_columns(transform=_with_mirrors(pairs, rows))
     members = pl.concat([_copies(rows, pairs), _look_alikes(rows, pairs)])
-    alike = pl.col("kind") == ALIKE
+    alike = pl.col("kind").is_in([ALIKE, SCENE])
     ordered = members.with_columns(alike=alike, group_size=pl.len().over("group", alike).cast(pl.Int64))
     ordered = ordered.sort("alike", -pl.col("group_size"), "group", "order", "id")
     number = pl.struct("alike", "group").rle_id().cast(pl.Int64)
@@ -79,8 +87,8 @@ def _copies(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
 def _look_alikes(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
     """Kept rows of different groups that were found near each other and not merged, by connected component.
 
-    A pair stands for the kept rows that its rows went to. Every row is shown with its pair to the row of the
-    component that has most of them, else with its closest one.
+    A pair stands for the kept rows that its rows went to: it is turned and carried on to them. Every row is shown with
+    its pair to the row of the component that has most of them, else with its closest one.
     """
     stands = rows.select("id", "cluster_id", kept=pl.coalesce("kept_id", "id"))
     near = (
@@ -88,11 +96,12 @@ def _look_alikes(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
         .join(stands.select(a="id", kept_a="kept", cluster_a="cluster_id"), on="a")
         .join(stands.select(b="id", kept_b="kept", cluster_b="cluster_id"), on="b")
         .filter(pl.col("cluster_a") != pl.col("cluster_b"))
-        .with_columns(a=pl.min_horizontal("kept_a", "kept_b"), b=pl.max_horizontal("kept_a", "kept_b"))
-        .sort(-pl.col("score"), "a", "b")
-        .unique(["a", "b"], keep="first", maintain_order=True)
+        .with_columns(low=pl.min_horizontal("kept_a", "kept_b"), high=pl.max_horizontal("kept_a", "kept_b"))
+        .sort(-pl.col("score"), "low", "high", "a", "b")
+        .unique(["low", "high"], keep="first", maintain_order=True)
     )
-    ends = _both_ends(near).join(rows.select("id", "component_id"), on="id")
+    near = near.with_columns(transform=_between_kept(near, rows, pairs)).drop("a", "b")
+    ends = _both_ends(near.rename({"kept_a": "a", "kept_b": "b"})).join(rows.select("id", "component_id"), on="id")
     degree = ends.group_by("component_id", "id").agg(pairs=pl.len().cast(pl.Int64))
     hubs = degree.sort("component_id", -pl.col("pairs"), "id").unique("component_id", keep="first")
     best = (
@@ -100,19 +109,73 @@ def _look_alikes(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
         .sort(pl.col("other") != pl.col("first"), -pl.col("score"), "other")
         .unique("id", keep="first", maintain_order=True)
     )
-    members = rows.join(best.select("id", "first"), on="id", maintain_order="left")
-    members = members.with_columns(role=pl.lit("look-alike"), kind=pl.lit(ALIKE), group="component_id")
+    members = rows.join(best.select("id", "first", best="class"), on="id", maintain_order="left")
+    kind = pl.when(pl.col("best") == "same-scene").then(SCENE).otherwise(ALIKE)
+    members = members.with_columns(role=pl.lit("look-alike"), kind=kind, group="component_id")
     return _describe(
         members, best, rows, pl.when(pl.col("id") == pl.col("first")).then(-2.0).otherwise(-pl.col("score"))
     )
 
 
 def _both_ends(pairs: pl.DataFrame) -> pl.DataFrame:
-    """Each pair twice: id, other and its evidence; `orientation` turns `other` into `id`."""
+    """Each pair twice: id, other and its evidence; `orientation` and `transform` turn `other` into `id`."""
     inverse = {name: clustering.inverse_orientation(name) for name in manifest.ORIENTATIONS}
     forward = pairs.select(*EVIDENCE, id="b", other="a")
-    backward = pairs.select(*EVIDENCE, id="a", other="b").with_columns(pl.col("orientation").replace(inverse))
+    backward = pairs.select(*EVIDENCE, id="a", other="b").with_columns(
+        pl.col("orientation").replace(inverse), transform=_to_column(pairs, np.linalg.inv(_matrices(pairs)))
+    )
     return pl.concat([forward, backward])
+
+
+def _matrices(pairs: pl.DataFrame) -> np.ndarray:
+    """float64 (m, 3, 3): the transforms of those that have one."""
+    found = pairs["transform"].drop_nulls()
+    return found.list.to_array(9).to_numpy().reshape(-1, 3, 3) if len(found) else np.zeros((0, 3, 3))
+
+
+def _to_column(pairs: pl.DataFrame, matrices: np.ndarray) -> pl.Series:
+    """Inverse of `_matrices`; the last number of each is 1, as far as it can be."""
+    last = matrices[:, 2:, 2:]
+    flat = pl.Series((matrices / np.where(last == 0, 1, last)).reshape(-1, 9), dtype=pl.Array(pl.Float64, 9))
+    place = pl.select(pl.when(pairs["transform"].is_not_null()).then(pairs["transform"].is_not_null().cum_sum() - 1))
+    return flat.cast(TRANSFORM).gather(place.to_series())
+
+
+def _with_mirrors(pairs: pl.DataFrame, rows: pl.DataFrame) -> pl.Series:
+    """Transforms of the pairs table, which speak of a mirrored a where the orientation says so → of a itself."""
+    found = pairs.filter(pl.col("transform").is_not_null())
+    frame = _frames(found["a"], rows)
+    mirror = np.where(found["orientation"].str.starts_with("m").to_numpy()[:, None, None], MIRROR, np.eye(3))
+    return _to_column(pairs, _matrices(pairs) @ frame @ mirror @ np.linalg.inv(frame))
+
+
+def _frames(ids: pl.Series, rows: pl.DataFrame) -> np.ndarray:
+    """float64 (m, 3, 3): what carries the square 0 … 1 onto each picture, in units of its longer side."""
+    sides = rows.select("width", "height").to_numpy()[ids.to_numpy()].astype(float)  # (m, 2)
+    diagonal = np.column_stack([sides / sides.max(axis=1, keepdims=True), np.ones(len(sides))])
+    return np.eye(3) * diagonal[:, None]
+
+
+def _between_kept(near: pl.DataFrame, rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.Series:
+    """Transforms of a → b carried on to the rows that these went to: kept_a → a → b → kept_b."""
+    found = near.filter(pl.col("transform").is_not_null())
+    to_a, to_b = (_from_kept(found.select(id=end, kept=f"kept_{end}"), rows, pairs) for end in ("a", "b"))
+    return _to_column(near, np.linalg.inv(to_b) @ _matrices(near) @ to_a)
+
+
+def _from_kept(wanted: pl.DataFrame, rows: pl.DataFrame, pairs: pl.DataFrame) -> np.ndarray:
+    """(id, kept) → float64 (m, 3, 3), what carries the kept row onto the row; where no transform is known, a turn."""
+    gone = wanted.with_row_index("number").filter(pl.col("id") != pl.col("kept"))
+    copies = pairs.filter(pl.col("class") == "copy", pl.any_horizontal(pl.col("a", "b").is_in(gone["id"].implode())))
+    ends = _both_ends(copies).unique(["id", "other"], keep="first", maintain_order=True)
+    gone = gone.join(ends, left_on=["id", "kept"], right_on=["id", "other"], maintain_order="left")
+    orientations = [manifest.ORIENTATIONS.index(name) for name in gone["orientation"].fill_null("r0")]
+    turns = np.array([np.linalg.matrix_power(QUARTER, n % 4) @ (MIRROR if n >= 4 else np.eye(3)) for n in orientations])
+    carried = np.tile(np.eye(3), (len(wanted), 1, 1))
+    number = gone["number"].to_numpy()
+    carried[number] = _frames(gone["id"], rows) @ turns.reshape(-1, 3, 3) @ np.linalg.inv(_frames(gone["kept"], rows))
+    carried[number[gone["transform"].is_not_null().to_numpy()]] = _matrices(gone)
+    return carried
 
 
 def _describe(members: pl.DataFrame, best: pl.DataFrame, rows: pl.DataFrame, order: pl.Expr) -> pl.DataFrame:
@@ -126,9 +189,9 @@ def _describe(members: pl.DataFrame, best: pl.DataFrame, rows: pl.DataFrame, ord
         *[pl.when(~is_first).then(column).alias(column) for column in EVIDENCE],
         order=order,
         caption=pl.when(text != "").then(text),
-        thumb=pl.col("sha256").str.head(20),
+        thumb=pl.col("sha256").str.head(LARGE_NAME),
         partner=pl.when(~is_first & (pl.col("other") != pl.col("first"))).then("other_key"),
-    ).select(*FIELDS, "id", "source", "offset", "kind", "group", "order")
+    ).select(*FIELDS, "id", "other", "source", "offset", "kind", "group", "order")
 
 
 def write_groups(src: Path, folder: Path, members: pl.DataFrame, listed: pl.DataFrame) -> dict[str, Any]:
@@ -174,8 +237,9 @@ def write_groups(src: Path, folder: Path, members: pl.DataFrame, listed: pl.Data
 def _chunks(listed: pl.DataFrame, groups: pl.DataFrame) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """(number of the first group, groups); bounded in groups and, but for the first of them, in rows."""
     shown = listed.group_by("number", maintain_order=True).len()["len"]
-    rounded = pl.col("score", "residual", "worst_tile").round(4)
-    rows = listed.select(FIELDS).with_columns(rounded).iter_rows()
+    rounded = pl.col("score", "residual", "worst_tile", "cosine", "overlap").round(4)
+    exact = pl.col("transform").list.eval(pl.element().round_sig_figs(6))
+    rows = listed.select(FIELDS).with_columns(rounded, exact).iter_rows()
     chunk: list[dict[str, Any]] = []
     held = start = 0
     for number, (count, size, removed) in enumerate(zip(shown, groups["size"], groups["removed"], strict=True)):
@@ -201,15 +265,29 @@ def write_thumbnails(
 ) -> tuple[pl.DataFrame, dict[str, int]]:
     """JPEGs named by content: equal files share one, and a second report makes none anew.
 
+    Those of pictures that are laid over each other are larger, and have longer names.
+
     Returns `listed` with `thumb` null where there is none, and how many were wanted, written and failed.
     """
     by_need = listed.sort(pl.col("place") >= MEMBERS_FIRST, "number", "place")
+    laid = by_need.filter(pl.col("transform").is_not_null())
+    in_archive = pl.col("shard").is_not_null() & pl.col("id").is_in(pl.concat([laid["id"], laid["other"]]).implode())
+    large = by_need.filter(in_archive)["thumb"].unique(maintain_order=True).head(LARGE)
+    is_large = pl.col("thumb").is_in(large.implode())
+    listed, by_need = (
+        table.with_columns(
+            thumb=pl.when(is_large).then("thumb").otherwise(pl.col("thumb").str.head(NAME)),
+            side=pl.when(is_large).then(LARGE_SIDE).otherwise(THUMBNAIL_SIDE),
+        )
+        for table in (listed, by_need)
+    )
     different = by_need.unique("thumb", keep="first", maintain_order=True)
     chosen = different.head(limit)
     present = {path.stem for path in folder.glob("*/*.jpg")}
     for stale in present - set(chosen["thumb"]):
         _thumbnail_path(folder, stale).unlink()
-    missing = chosen.filter(~pl.col("thumb").is_in(list(present))).select("thumb", "shard", "offset", "size", "key")
+    missing = chosen.filter(~pl.col("thumb").is_in(list(present)))
+    missing = missing.select("thumb", "side", "shard", "offset", "size", "key")
     tasks = [(src, folder, part.rows()) for part in missing.iter_slices(THUMBNAILS_PER_TASK)]
     jobs = min(jobs or engine.available_cpus(), max(1, len(tasks) // 4))  # a process must be worth its start
     failed = {name for names in engine.run(make_thumbnails, tasks, jobs=jobs) for name in names}
@@ -219,16 +297,17 @@ def write_thumbnails(
 
 
 def make_thumbnails(src: Path, folder: Path, rows: list[tuple]) -> list[str]:
-    """Write the thumbnails of (name, shard, offset, size, key); returns the names of those that failed."""
+    """Write the thumbnails of (name, side, shard, offset, size, key); returns the names of those that failed."""
     failed = []
-    for name, shard, offset, size, key in rows:
+    for name, side, shard, offset, size, key in rows:
         try:
             data = sources.read_image(src, shard, offset, size, key)
-            pixels = images.decode(data, min_side=SHOWN_SIDE).pixels
+            pixels = images.decode(data, min_side=SHOWN_SIDE if side == THUMBNAIL_SIDE else side).pixels
         except (OSError, images.ImageError):
             failed.append(name)
             continue
-        manifest.write_atomic(_thumbnail_path(folder, name), partial(Path.write_bytes, data=encode_jpeg(pixels)))
+        write = partial(Path.write_bytes, data=encode_jpeg(pixels, side))
+        manifest.write_atomic(_thumbnail_path(folder, name), write)
     return failed
 
 

@@ -18,9 +18,11 @@ TOLERANCE = 4 / 256  # of the longer side: how far a carried keypoint may lie fr
 LOOSE = 4  # times the tolerance: what an affine map may leave of a perspective
 MAX_STRETCH = 2.5  # larger singular value of the map over the smaller one, beyond the aspect of a square
 MAX_SCALE = 8.0
+MIN_WEIGHT = 0.2  # of a corner in a homography; the upper left one has 1
+UNIT_SQUARE = np.array([[0, 1, 0, 1], [0, 0, 1, 1], [1, 1, 1, 1]])
 DISTINCT = 64  # keypoints of one cell of this grid are one piece of evidence
 ENOUGH = 25  # inliers upright: mirrored need not be tried
-MIN_INLIERS = 5  # what `align` is asked about
+MIN_INLIERS = 4  # three points always fit an affine map
 
 SIDE = 128  # pixels of the longer side at which pictures are laid over each other
 SHIFT = 1  # pixels by which a place may be off
@@ -95,7 +97,7 @@ def _fit(a: Features, b: Features, mirrored: bool) -> Match | None:
     if inside.sum() >= 3 * MIN_INLIERS:
         near = np.linalg.norm(_carry(transform, p) - q, axis=1) < LOOSE * TOLERANCE
         projective, _ = cv2.findHomography(p[near], q[near], cv2.RANSAC, TOLERANCE, maxIters=500)
-        if projective is not None:
+        if projective is not None and _is_mild(projective):
             held = np.linalg.norm(_carry(projective, p) - q, axis=1) < TOLERANCE
             if held.sum() >= inside.sum():
                 transform, inside = projective, held
@@ -103,9 +105,17 @@ def _fit(a: Features, b: Features, mirrored: bool) -> Match | None:
     return Match(transform, mirrored, inliers) if inliers >= MIN_INLIERS else None
 
 
+def _is_mild(projective: np.ndarray) -> bool:
+    """No corner of either picture comes near the horizon."""
+    weights = [matrix[2] @ UNIT_SQUARE / matrix[2, 2] for matrix in (projective, np.linalg.pinv(projective))]
+    return bool(min(w.min() for w in weights) >= MIN_WEIGHT)
+
+
 def _is_plausible(affine: np.ndarray) -> bool:
-    """No fold, no extreme scale, no needle."""
+    """No fold, no extreme scale, no needle; points on one line give NaN."""
     linear = affine[:, :2]
+    if not np.isfinite(affine).all():
+        return False
     large, small = np.linalg.svd(linear, compute_uv=False)
     return np.linalg.det(linear) > 0 and small > 1 / MAX_SCALE and large < MAX_SCALE and large < MAX_STRETCH * small
 
@@ -159,14 +169,14 @@ def align(a: np.ndarray, b: np.ndarray, found: Match) -> Alignment:
     )
 
 
-def classify(found: Match, alignment: Alignment) -> str | None:
-    """`copy`, `same-scene` or None: nothing that is worth a word.
+def classify(found: Match, alignment: Alignment, *, strict: bool = False) -> str | None:
+    """`copy`, `same-scene` or None: nothing that is worth a word. strict: judge as drawings are judged.
 
     Drawings (a tenth of the overlap is one even colour, which no camera gives) carry their meaning in few lines and
     colours: both must agree nearly everywhere. Two drawings in the same frame are for `verify.is_same_picture`.
     """
     enough = alignment.overlap >= MIN_OVERLAP and alignment.places >= MIN_PLACES and found.inliers >= MIN_EVIDENCE
-    if alignment.uniform > DRAWING:
+    if strict or alignment.uniform > DRAWING:
         plain = alignment.agreement * (1 - alignment.recoloured)
         sure = found.inliers >= DRAWING_EVIDENCE and min(plain, alignment.score) >= DRAWING_SCORE
     else:
@@ -176,9 +186,9 @@ def classify(found: Match, alignment: Alignment) -> str | None:
     return "same-scene" if found.inliers >= SCENE_INLIERS and alignment.agreement >= SCENE_AGREEMENT else None
 
 
-def is_drawing_in_same_frame(alignment: Alignment) -> bool:
-    """Whether the whole of both pictures overlaps, and they look drawn."""
-    return alignment.covered >= SAME_FRAME and alignment.uniform > DRAWING
+def needs_close_look(alignment: Alignment, *, strict: bool = False) -> bool:
+    """Whether the whole of both pictures overlaps, and they look drawn, or all are to be judged as if they were."""
+    return alignment.covered >= SAME_FRAME and (strict or alignment.uniform > DRAWING)
 
 
 def orientation(found: Match) -> int:

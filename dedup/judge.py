@@ -186,6 +186,7 @@ def share_fate(pairs: pl.DataFrame, decisions: pl.DataFrame, rank: pl.Series) ->
         pl.when(turns).then("orientation").otherwise(pl.col("orientation").replace(inverse)).alias("orientation"),
         a=pl.min_horizontal(fate["kept_id"], other),
         b=pl.max_horizontal(fate["kept_id"], other),
+        transform=pl.when(turns).then("transform"),
     )
     numbers = pl.select(pl.int_range(len(pairs), len(pairs) + len(shared), dtype=pl.Int64)).to_series()
     fate = fate.with_columns(id=other, pair=numbers.cast(fate["pair"].dtype))

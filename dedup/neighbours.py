@@ -38,7 +38,7 @@ CELL_ROWS = 256  # on average
 TRAINING_ROWS = 64  # a cell
 ROUNDS = 5  # of k-means
 PROBES = 48  # cells in which partners of a row are looked for
-SAMPLE = 512  # rows whose partners are searched exactly, to know the recall
+SAMPLE = 2_048  # rows whose partners are searched exactly, to know the recall
 
 Rows = slice | np.ndarray
 
@@ -48,8 +48,8 @@ class Joined:
     """`pairs`: int64 i < j (row numbers), float64 cosine and score, int64 rank_i, rank_j; sorted by i, j.
 
     rank_i is the place of j among the partners of i, from 1 on, null when j is not among its k nearest; rank_j that of
-    i among those of j. `recall`: of the partners that an exact search finds, the share that was found.
-    `rows_at_limit`: rows that have k partners, and perhaps more.
+    i among those of j. `recall`: of the partners of a row that an exact search finds, the share that was found; the
+    mean over a sample of the rows that have any. `rows_at_limit`: rows that have k partners, and perhaps more.
     """
 
     pairs: pl.DataFrame
@@ -89,22 +89,32 @@ def join_cosine(
 
 
 def nearest(
-    queries: np.ndarray, vectors: np.ndarray, k: int = K, *, threshold: float = -1.0, jobs: int = 1
+    queries: np.ndarray,
+    vectors: np.ndarray,
+    k: int = K,
+    *,
+    threshold: float = -1.0,
+    backgrounds: tuple[np.ndarray, np.ndarray] | None = None,
+    jobs: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k rows of `vectors` nearest to each query: int64 and float64 (queries, k): row numbers, cosines.
+    """The k rows of `vectors` nearest to each query: int64 and float64 (queries, k): row numbers, scores.
 
-    Exact; nearest first. −1 and NaN where fewer rows reach the threshold. Whoever asks often passes what `quantise`
-    made of the vectors: one query among a million rows then takes a tenth of a second.
+    Exact; nearest first. −1 and NaN where fewer rows reach the threshold. A score is the cosine less the `backgrounds`
+    of the queries and of the vectors, as in `join_cosine`. Whoever asks often passes what `quantise` made of the
+    vectors: one query among a million rows then takes a tenth of a second.
     """
     rounded = quantise(vectors)
-    indices = _unpack(_search(quantise(queries), rounded, k, threshold, jobs))
-    found = np.nonzero(indices >= 0)
-    cosine = np.full(indices.shape, np.nan)
-    cosine[found] = cosines(queries, found[0], vectors, indices[found])
-    cosine[cosine < threshold] = np.nan
-    indices[np.isnan(cosine)] = -1
-    order = np.lexsort((indices, -cosine), axis=-1)  # NaN last
-    return np.take_along_axis(indices, order, axis=-1), np.take_along_axis(cosine, order, axis=-1)
+    of_queries, of_vectors = backgrounds or (np.zeros(len(queries)), np.zeros(len(rounded)))
+    offsets = _offsets(of_queries, len(queries)), _offsets(of_vectors, len(rounded))
+    indices = _unpack(_search(quantise(queries), rounded, k, threshold, jobs, offsets))
+    row, place = np.nonzero(indices >= 0)
+    other = indices[row, place]
+    score = np.full(indices.shape, np.nan)
+    score[row, place] = np.round(cosines(queries, row, vectors, other) - of_queries[row] - of_vectors[other], 6)
+    score[score < threshold] = np.nan
+    indices[np.isnan(score)] = -1
+    order = np.lexsort((indices, -score), axis=-1)  # NaN last
+    return np.take_along_axis(indices, order, axis=-1), np.take_along_axis(score, order, axis=-1)
 
 
 def measure_background(
@@ -182,13 +192,20 @@ def _offsets(background: np.ndarray | None, n: int) -> np.ndarray:
     return np.zeros(n, np.int64) if background is None else np.rint(background * UNIT).astype(np.int64)
 
 
-def _search(queries: np.ndarray, vectors: np.ndarray, k: int, threshold: float, jobs: int) -> np.ndarray:
-    """Keys int64 (queries, k) of the nearest vectors of each query, by plain cosine; both quantised."""
+def _search(
+    queries: np.ndarray,
+    vectors: np.ndarray,
+    k: int,
+    threshold: float,
+    jobs: int,
+    offsets: tuple[np.ndarray, np.ndarray] | None = None,
+) -> np.ndarray:
+    """Keys int64 (queries, k) of the nearest vectors of each query; both quantised."""
     partners = _nobody(len(queries), k, threshold)
     side = max(BLOCK, BLOCK**2 // max(len(queries), 64))
     tasks = [(rows, columns) for rows in _blocks(len(queries), BLOCK) for columns in _blocks(len(vectors), side)]
-    none = _offsets(None, max(len(queries), len(vectors)))
-    _compare(tasks, queries, vectors, none, none, partners, jobs, mutual=False)
+    of_queries, of_vectors = offsets or (_offsets(None, len(queries)), _offsets(None, len(vectors)))
+    _compare(tasks, queries, vectors, of_queries, of_vectors, partners, jobs, mutual=False)
     return partners
 
 
@@ -321,14 +338,14 @@ def _choose_centres(rounded: np.ndarray, jobs: int, seed: int) -> np.ndarray:
 def _measure_recall(
     rounded: np.ndarray, offsets: np.ndarray, partners: np.ndarray, threshold: float, jobs: int, seed: int
 ) -> float:
-    """Share of the exact partners of a fixed random sample of rows that are among `partners`."""
+    """Of a fixed random sample of rows, how many of their exact partners are among `partners`, on average."""
     sample = np.sort(np.random.default_rng(seed).choice(len(rounded), min(SAMPLE, len(rounded)), replace=False))
     exact = _nobody(len(rounded), partners.shape[1], threshold)
     tasks = [(sample, columns) for columns in _blocks(len(rounded), BLOCK)]
     _compare(tasks, rounded, rounded, offsets, offsets, exact, jobs, mutual=True)
-    known, wanted = partners[sample], exact[sample]
-    found = sum(np.isin(b, a).sum() for a, b in zip(known, np.where(_somebody(wanted), wanted, -1), strict=True))
-    return float(found / max(1, _somebody(wanted).sum()))
+    wanted = [keys[_somebody(keys)] for keys in exact[sample]]
+    shares = [np.isin(keys, partners[row]).mean() for row, keys in zip(sample, wanted, strict=True) if len(keys)]
+    return float(np.mean(shares)) if shares else 1.0
 
 
 def _to_pairs(partners: np.ndarray) -> pl.DataFrame:

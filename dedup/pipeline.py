@@ -146,7 +146,9 @@ def _prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options
             what = ", ".join(f"{k} was {before['options'].get(k)!r}" for k in differing)
             raise OptionsError(f"{out} was made with other options ({what}): choose another -o or delete it")
         if before["versions"] != recorded["versions"]:
-            shutil.rmtree(out / ".work" / "thumbnails", ignore_errors=True)
+            for folder in ("thumbnails", "features-*", "embeddings-*"):
+                for stale in (out / ".work").glob(folder):
+                    shutil.rmtree(stale)
     work = out / ".work"
     manifest.write_json(path, recorded)
     stamps_path = out / ".work" / "shards.json"

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from dedup import gallery, manifest, policy
-from dedup.gallery import ALIKE, DUPLICATES, TURNED
+from dedup.gallery import ALIKE, DUPLICATES, SCENE, TURNED
 
 TEMPLATES = Path(__file__).parent / "templates"
 THUMBNAILS = 20_000  # about 60 MB and a minute on one core
@@ -111,6 +111,7 @@ def _summarise(rows: pl.DataFrame, pairs: pl.DataFrame, members: pl.DataFrame) -
         "largest": int(sizes.max(initial=0)),
         "turned_kept": members.filter(pl.col("kind") == TURNED).height,
         "alike_kept": members.filter(pl.col("kind") == ALIKE).height,
+        "scene_kept": members.filter(pl.col("kind") == SCENE).height,
         "captions": _describe_captions(rows),
         "charts": {"sizes": _size_bars(sizes)} | _distance_bars(pairs),
         "sources": count_sources(rows),
@@ -168,6 +169,6 @@ def _distance_bars(pairs: pl.DataFrame) -> dict[str, list[dict[str, Any]]]:
 
 def _count_kinds(kinds: list[int]) -> list[tuple[int, str, int]]:
     """(bits, label, groups) of the choices above the groups."""
-    labels = {DUPLICATES: "Copies removed", TURNED: "Mirrored or turned, kept", ALIKE: "Look-alikes, kept"}
-    labels[DUPLICATES | TURNED | ALIKE] = "All"
+    labels = {DUPLICATES: "Copies removed", TURNED: "Mirrored or turned, kept"}
+    labels |= {SCENE: "Same scene, kept", ALIKE: "Look-alikes, kept", DUPLICATES | TURNED | ALIKE | SCENE: "All"}
     return [(bits, label, sum(1 for kind in kinds if kind & bits)) for bits, label in labels.items()]

@@ -195,5 +195,7 @@ def _fit(heights: np.ndarray, width: float, step: float) -> Fit:
         return step / math.expm1(step / scale) - width / math.expm1(min(width / scale, 700.0)) - mean
 
     longest = max(25 * width, 2 * shortest)
+    if excess(shortest) >= 0:  # by the last bit, when nothing is missing beyond the width
+        return Fit(len(heights) / -math.expm1(-width / shortest), shortest)
     scale = brentq(excess, shortest, longest) if excess(longest) > 0 else longest
     return Fit(len(heights) / -math.expm1(-width / scale), scale)

@@ -34,8 +34,8 @@ class Vocabulary:
     def encode(self, features: Features) -> np.ndarray:
         """float32 (d,), of length 1, or all zero for a picture without features."""
         vector = _aggregate(features, self.centroids)
-        if self.projection is not None and vector.any():
-            vector = (vector - self.mean) @ self.projection
+        if self.projection is not None:
+            vector = (vector - self.mean * vector.any()) @ self.projection  # zeros stay zeros
         return vector / max(float(np.linalg.norm(vector)), 1e-9)
 
 
@@ -45,12 +45,19 @@ def learn(sample: list[Features]) -> Vocabulary:
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1):  # sums that are split otherwise round otherwise
-        descriptors = np.concatenate([_scale(features) for features in sample])
+        descriptors = np.concatenate([np.zeros((0, 128), np.float32), *map(_scale, sample)])
         chosen = np.random.default_rng(0).permutation(len(descriptors))[:DESCRIPTORS]
         if len(chosen) < WORDS:
             centroids = np.resize(descriptors, (WORDS, 128)) if len(chosen) else np.zeros((WORDS, 128), np.float32)
             return Vocabulary(centroids, np.zeros(WORDS * 128, np.float32), None)
-        means = faiss.Kmeans(128, WORDS, niter=ITERATIONS, seed=0, min_points_per_centroid=1)
+        means = faiss.Kmeans(
+            128,
+            WORDS,
+            niter=ITERATIONS,
+            seed=0,
+            min_points_per_centroid=1,
+            max_points_per_centroid=DESCRIPTORS // WORDS,
+        )
         means.train(descriptors[np.sort(chosen)])
         centroids = np.array(means.centroids)
         vectors = np.stack([_aggregate(features, centroids) for features in sample])
