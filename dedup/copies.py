@@ -75,7 +75,7 @@ class CopySearch:
         self.compared = pl.concat([self.compared, candidates.select("a", "b")])
         matched = self._match(candidates)
         found = pl.concat([candidates.drop("mirrored"), matched], how="horizontal").filter(
-            pl.col("transform").is_not_null()
+            pl.col("inliers") >= geometry.MIN_EVIDENCE
         )
         found = found.with_columns(**{"class": pl.lit("copy")}, signal=pl.lit("copy"))
         return manifest.conform(found, manifest.PAIRS_SCHEMA)
@@ -226,6 +226,9 @@ def bridges(pairs: pl.DataFrame, decisions: pl.DataFrame, rank: pl.Series) -> pl
     A kept row that matches a dropped one may match what that was dropped to. Kept rows that are turned against the
     keeper of their star in the same way may be upright to each other: each is paired with the first of them.
     """
+    equal = pairs.filter(pl.col("signal") == "bytes")
+    a_first = rank.gather(equal["a"]) < rank.gather(equal["b"])
+    follows = pl.select(pl.when(a_first).then(equal["b"]).otherwise(equal["a"])).to_series()  # see judge.share_fate
     copies = pairs.with_row_index("pair").filter(pl.col("class") == "copy")
     ends = pl.concat([copies.select(row="a", other="b"), copies.select(row="b", other="a")])
     kept_id, keep = decisions["kept_id"], decisions["keep"]
@@ -241,7 +244,9 @@ def bridges(pairs: pl.DataFrame, decisions: pl.DataFrame, rank: pl.Series) -> pl
         rank=rank.gather(turned["row"]),
     )
     first = turned.select("row", other=pl.col("row").sort_by("rank").first().over("cluster_id", "turn"))
-    near = pl.concat([found, first]).filter(pl.col("row") != pl.col("other"))
+    near = pl.concat([found, first]).filter(
+        (pl.col("row") != pl.col("other")) & ~pl.col("row").is_in(follows.implode())
+    )
     both = near.select(a=pl.min_horizontal("row", "other"), b=pl.max_horizontal("row", "other")).unique().sort("a", "b")
     return both.with_columns(cosine=pl.lit(None, pl.Float64), mirrored=pl.lit(None, pl.Boolean))
 

@@ -7,7 +7,7 @@ holds. Reads pictures again through a `Reader`; knows nothing of how they were f
 import numpy as np
 import polars as pl
 
-from dedup import clustering, copies, detail, hamming, look, manifest, policy, verify
+from dedup import clustering, copies, detail, geometry, hamming, look, manifest, policy, verify
 from dedup.manifest import ORIENTATIONS
 from dedup.reader import Reader
 
@@ -139,7 +139,7 @@ def settle(
                 pairs = _replace(pairs, links, search.confirm(pairs[links]))
                 continue
             pairs, decisions = _leave_out(pairs, decisions, confirmed)
-        return *share_fate(pairs, decisions, rank), held
+        return *share_fate(rows, pairs, decisions, rank), held
 
 
 def _links(pairs: pl.DataFrame, confirmed: np.ndarray, n: int) -> np.ndarray:
@@ -171,7 +171,9 @@ def _leave_out(
     return pairs.filter(stays), decisions.with_columns(pair=chosen)
 
 
-def share_fate(pairs: pl.DataFrame, decisions: pl.DataFrame, rank: pl.Series) -> tuple[pl.DataFrame, pl.DataFrame]:
+def share_fate(
+    rows: pl.DataFrame, pairs: pl.DataFrame, decisions: pl.DataFrame, rank: pl.Series
+) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Pairs and decisions, such that rows with the bytes of a dropped row go where that one went, on its evidence."""
     equal = pairs.filter(pl.col("signal") == "bytes")
     a_first = rank.gather(equal["a"]) < rank.gather(equal["b"])
@@ -182,11 +184,15 @@ def share_fate(pairs: pl.DataFrame, decisions: pl.DataFrame, rank: pl.Series) ->
     fate = decisions[first.to_list()]
     inverse = {name: clustering.inverse_orientation(name) for name in ORIENTATIONS}
     turns = (first < fate["kept_id"]) == (other < fate["kept_id"])
-    shared = pairs[fate["pair"].to_list()].with_columns(
+    shared = pairs[fate["pair"].to_list()]
+    width = rows["width"] / rows.select(pl.max_horizontal("width", "height")).to_series()
+    columns = shared.select("transform", "orientation", width.gather(shared["a"]), width.gather(shared["b"]).alias("b"))
+    backwards = [None if t is None else geometry.invert(t, o, w_a, w_b) for t, o, w_a, w_b in columns.iter_rows()]
+    shared = shared.with_columns(
         pl.when(turns).then("orientation").otherwise(pl.col("orientation").replace(inverse)).alias("orientation"),
         a=pl.min_horizontal(fate["kept_id"], other),
         b=pl.max_horizontal(fate["kept_id"], other),
-        transform=pl.when(turns).then("transform"),
+        transform=pl.when(turns).then("transform").otherwise(pl.Series(backwards, dtype=pl.List(pl.Float64))),
     )
     numbers = pl.select(pl.int_range(len(pairs), len(pairs) + len(shared), dtype=pl.Int64)).to_series()
     fate = fate.with_columns(id=other, pair=numbers.cast(fate["pair"].dtype))

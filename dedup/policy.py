@@ -18,6 +18,8 @@ def keeper_rank(
 
     effective_pixels: of `detail.effective_pixels`; None = width × height. partners: of `count_partners`; None = none.
     """
+    if partners is not None:  # equal files stay together
+        partners = rows.with_columns(partners=partners).select(pl.col("partners").max().over("sha256")).to_series()
     area = (pl.col("width").cast(pl.Int64) * pl.col("height").cast(pl.Int64)).fill_null(0)
     order = rows.with_row_index("row").sort(
         pl.col("status") != "ok",

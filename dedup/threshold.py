@@ -5,9 +5,9 @@ Out: a `Tail`, which turns a threshold into an expected number of false pairs an
 means, only that higher is more alike.
 
 The highest scores of the sample, above `start`, are taken to thin out exponentially (peaks over threshold; Pickands
-1975, the generalised Pareto law with shape 0). A free shape ≤ 0 fits the sample a little better, but one time in four
-it ends before the scores do and then promises no false pairs at all; measured in docs/benchmarks.md. Scores with steps,
-like numbers of matching points, follow the geometric law, which is the same one on a lattice.
+1975; the generalised Pareto law with shape 0). A free shape ≤ 0 fits a sample a little better, but often it ends before
+the scores do and promises no false pairs at all. Scores with steps, like numbers of matching points, follow the
+geometric law, which is the same one on a lattice.
 """
 
 import math
@@ -18,10 +18,10 @@ import numpy as np
 from scipy.optimize import brentq
 
 FURTHEST = 1_000  # times rarer than one in the sample: the least probability that is claimed
-FEWEST = 1_000  # scores that a tail is fitted to
+MIN_SCORES = 1_000  # scores that a tail is fitted to
 PEAKS = 200  # of them the highest that are fitted, or a hundredth of a small sample; more reach into the bulk
 SHARE = 0.01
-FEWEST_PEAKS = 50
+MIN_PEAKS = 50
 TIMES = 6  # as many as are left out as possibly related
 LEVELS = 3  # scores that differ, at least, when some are left out
 REDRAWN = 200  # samples of the bootstrap
@@ -113,12 +113,12 @@ def fit_tail(
     step: between two possible scores; None: 1 for whole numbers, else the smallest difference there is.
     Raises ThresholdError.
     """
-    if len(scores) < FEWEST or not np.isfinite(scores).all():
+    if len(scores) < MIN_SCORES or not np.isfinite(scores).all():
         raise ThresholdError(
-            f"a null model needs {FEWEST:,} finite scores of unrelated pairs, there are {len(scores):,}"
+            f"a null model needs {MIN_SCORES:,} finite scores of unrelated pairs, there are {len(scores):,}"
         )
     ordered = -np.sort(-scores.astype(np.float64))
-    peaks = max(min(PEAKS, round(SHARE * len(ordered))), FEWEST_PEAKS, TIMES * related)
+    peaks = max(min(PEAKS, round(SHARE * len(ordered))), MIN_PEAKS, TIMES * related)
     if related + peaks > len(ordered) // 2:
         raise ThresholdError(f"{related:,} of {len(ordered):,} scores may be related pairs: too many for a null model")
     start, end = ordered[related + peaks - 1], ordered[related - 1] if related else math.inf

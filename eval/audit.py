@@ -51,7 +51,7 @@ def demo(
         with _stage(seconds, "plant"):
             plant(directory / "drawings", planted, canaries=canaries, controls=controls, fillers=fillers, seed=seed)
         with _stage(seconds, "dedup"):
-            deduplicate(planted, out, Options())
+            deduplicate(planted, out, Options(level="copy", encoder="local"))
             write_dedup_report(out)
         tasks = [(out, arm, steps, directory / f"{arm}-{seed}", seed, samples) for arm in ARMS]
         with _stage(seconds, "train, generate and attack"):  # the two arms side by side, one core each
