@@ -58,11 +58,6 @@ class Encoder:
         }
 
 
-def default_encoder() -> str:
-    """The best encoder that needs no download."""
-    return "sscd-distilled" if is_available("sscd-distilled") else "local"
-
-
 def is_available(name: str, weights: str | None = None) -> bool:
     """Whether what the encoder needs is installed; the weights are not looked into."""
     if name in ARCHITECTURES:

@@ -22,7 +22,6 @@ from tqdm import tqdm
 from dedup import (
     clustering,
     copies,
-    embedding,
     engine,
     fingerprint,
     images,
@@ -35,6 +34,7 @@ from dedup import (
 )
 from dedup.reader import Reader
 
+ENCODER = "local"  # finds more than SSCD's student and needs no weights: docs/benchmarks.md
 LIBRARIES = ("unmemorize", "pillow", "imagehash", "numpy", "polars", "opencv-python-headless", "simplejpeg")
 
 
@@ -111,7 +111,7 @@ def resolve_auto(level: str, encoder: str, out: Path) -> tuple[str, str | None]:
         level = before.get("level", "copy")
     if level != "copy":
         return level, None
-    return level, (before.get("encoder") or embedding.default_encoder()) if encoder == "auto" else encoder
+    return level, (before.get("encoder") or ENCODER) if encoder == "auto" else encoder
 
 
 @contextmanager
@@ -205,7 +205,7 @@ def find_candidates(rows: pl.DataFrame, options: Options, jobs: int) -> pl.DataF
 
 
 def _copy_search(rows: pl.DataFrame, reader: Reader, out: Path, options: Options) -> copies.CopySearch:
-    encoder, weights = options.encoder or embedding.default_encoder(), (options.weights, options.weights_sha256)
+    encoder, weights = options.encoder or ENCODER, (options.weights, options.weights_sha256)
     return copies.CopySearch(rows, reader, out, encoder, weights, options.max_false_pairs)
 
 

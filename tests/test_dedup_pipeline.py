@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from dedup import manifest, sources
-from dedup.embedding import default_encoder
 from dedup.pipeline import Options, OptionsError, deduplicate, resolve_auto
 
 
@@ -146,7 +145,7 @@ def test_names_survive_whatever_their_bytes() -> None:
 
 
 def test_auto_goes_on_with_the_level_of_the_run(folder: Path, tmp_path: Path) -> None:
-    assert resolve_auto("auto", "auto", tmp_path / "out") == ("copy", default_encoder())
+    assert resolve_auto("auto", "auto", tmp_path / "out") == ("copy", "local")
     assert resolve_auto("hash", "auto", tmp_path / "out") == ("hash", None)
     deduplicate(folder, tmp_path / "out", Options("exact"))
     assert resolve_auto("auto", "auto", tmp_path / "out") == ("exact", None)
