@@ -61,31 +61,22 @@ class Found(NamedTuple):
 def make_tools(work: Path, peers: bool) -> dict[str, Command]:
     """Name → the command for a folder and an empty folder for results. Ours first."""
     ours = [str(Path(sys.executable).parent / "unmemorize"), "dedup", "--no-report"]
-    hashes: dict[str, Command] = {
-        "unmemorize hash": lambda folder, out: [*ours, str(folder), "-o", str(out), "--level", "hash"]
-    }
 
-    def with_encoder(encoder: str) -> Command:
-        return lambda folder, out: [*ours, str(folder), "-o", str(out), "--level", "copy", "--encoder", encoder]
+    def at_level(*options: str) -> Command:
+        return lambda folder, out: [*ours, str(folder), "-o", str(out), "--level", *options]
 
-    tools = hashes | {f"unmemorize {name}": with_encoder(name) for name in ("local", "sscd-distilled")}
+    tools = {"unmemorize hash": at_level("hash")}
+    tools |= {f"unmemorize {name}": at_level("copy", "--encoder", name) for name in ("local", "sscd-distilled")}
     if not peers:
         return tools
     bins = {name: make_environment(work / "environments" / name, package) for name, package in PEERS.items()}
+    immaculate, python = str(bins["immaculate-sscd"] / "immaculate"), str(bins["fastdup"] / "python")
 
     def with_method(method: str) -> Command:
-        return lambda folder, out: [
-            str(bins["immaculate-sscd"] / "immaculate"),
-            "--method",
-            method,
-            "--json",
-            str(folder),
-        ]
+        return lambda folder, out: [immaculate, "--method", method, "--json", str(folder)]
 
     tools |= {f"immaculate {method}": with_method(method) for method in ("pdq", "sscd_distilled", "sscd")}
-    return tools | {
-        "fastdup": lambda folder, out: [str(bins["fastdup"] / "python"), "-c", FASTDUP, str(folder), str(out)]
-    }
+    return tools | {"fastdup": lambda folder, out: [python, "-c", FASTDUP, str(folder), str(out)]}
 
 
 def make_environment(folder: Path, package: str) -> Path:
