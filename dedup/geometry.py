@@ -37,7 +37,7 @@ MAX_GAIN = 2.0  # of chroma
 
 # What makes a copy; chosen on benchmarks/copy_detection.py, whose held-out edits and pictures say how well.
 MIN_EVIDENCE = 8  # inliers
-MIN_OVERLAP = 0.5
+MIN_OVERLAP = 0.75  # two collages that share one half are not copies
 MIN_PLACES = 20
 COPY_SCORE = 0.72
 SURE_INLIERS, SURE_SCORE = 70, 0.62  # so many features outweigh text across and the like
