@@ -1,9 +1,9 @@
 """Recall and precision of copy detection against peers: light edits, hard ones, natural duplicates, look-alikes.
 
-    python benchmarks/copy_detection.py --photos DIR --work DIR [--sets photos-T,hard,unseen] [--files 20000]
+    python benchmarks/copy_detection.py --photos DIR --work DIR [--sets hard,unseen] [--files 20000]
     python benchmarks/copy_detection.py --work DIR --natural DIR --distinct DIR
 
-photos-T is made by dedup_speed.py, hard and unseen by hard_edits.py. A pair is found when both are in one group of the
+photos-T is made by dedup_speed.py, the others by hard_edits.py. A pair is found when both are in one group of the
 tool: for ours, in one component of the pairs of class `copy`, as peers chain too; `in star` counts pairs of one
 `cluster_id` only, and `false edges` the accepted pairs themselves that join two photographs. Two crops that share less
 than a tenth of the smaller are neither true nor false. Tools take turns; seconds are medians; one that takes longer
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import dedup_speed
+import further_edits
 import hard_edits
 import numpy as np
 import polars as pl
@@ -28,7 +29,7 @@ import unseen_edits
 from dedup import clustering
 
 BASES = 150
-SETS = {"photos-T": "photos-T", "hard": "hard", "unseen": "hard-unseen"}
+SETS = {"photos-T": "photos-T", "hard": "hard", "further": "hard-unseen", "unseen": "unseen-2"}
 MIN_OVERLAP = 0.1
 SLOW = 300  # seconds
 PEERS = {"immaculate-sscd": "immaculate[sscd]==0.3.0", "fastdup": "fastdup==2.54"}
@@ -140,9 +141,13 @@ def make_set(name: str, photos: Path, folder: Path) -> None:
         dedup_speed.make_transformed(photos, folder / "all")
         return
     pictures = hard_edits.read_distinct(photos)
-    backdrops = hard_edits.make_backdrops([picture for _, picture in pictures[BASES:]], np.random.default_rng(1))
-    edits = hard_edits.add_paste(backdrops) if name == "hard" else unseen_edits.UNSEEN
-    hard_edits.make_edited(pictures[:BASES], folder, edits)
+    spare, rng = [picture for _, picture in pictures[BASES:]], np.random.default_rng(1)
+    edits = {
+        "hard": hard_edits.add_paste(hard_edits.make_backdrops(spare, rng)),
+        "further": further_edits.FURTHER,
+        "unseen": unseen_edits.add_partners(unseen_edits.make_partners(spare, rng)),
+    }
+    hard_edits.make_edited(pictures[:BASES], folder, edits[name])
 
 
 def read_truth(folder: Path) -> pl.DataFrame:
@@ -294,8 +299,7 @@ def print_natural(tools: dict[str, Command], folder: Path, work: Path) -> None:
             own, of_kind = rows.filter(kind=kind), pairs.filter(kind=kind)
             counts = [(of_kind["class"] == name).sum() for name in columns]
             outside = wrong.filter(pl.any_horizontal(pl.col("file", "file_b").is_in(own["file"].implode()))).height
-            dropped = (~own["keep"]).sum()
-            print_row(kind, len(own), dropped, len(of_kind), *counts, len(of_kind) - sum(counts), outside)
+            print_row(kind, len(own), (~own["keep"]).sum(), len(of_kind), *counts, len(of_kind) - sum(counts), outside)
 
 
 def print_distinct(tools: dict[str, Command], folders: list[Path], work: Path) -> None:
@@ -306,8 +310,7 @@ def print_distinct(tools: dict[str, Command], folders: list[Path], work: Path) -
         for tool, command in tools.items():
             passed, found = run(command, folder, work / "out")
             counts = [(found.pairs["class"] == name).sum() for name in ("copy", "same-scene", "look-alike")]
-            copies = found.pairs.filter(pl.col("class") == "copy")
-            list_pairs(copies, work / "false" / f"{folder.name} {tool}.csv")
+            list_pairs(found.pairs.filter(pl.col("class") == "copy"), work / "false" / f"{folder.name} {tool}.csv")
             dropped = (~found.rows["keep"]).sum()
             print_row(f"{folder.name}, {tool}", f"{passed:.1f}", len(found.rows), dropped, *counts)
 
@@ -315,11 +318,11 @@ def print_distinct(tools: dict[str, Command], folders: list[Path], work: Path) -
 def main(
     work: Annotated[Path, typer.Option(help="Sets, environments and results are made here.")],
     photos: Annotated[Path | None, typer.Option(help="Photographs; without them no set is made or scored.")] = None,
-    sets: Annotated[str, typer.Option(help="Comma-separated: photos-T, hard, unseen.")] = "photos-T,hard,unseen",
+    sets: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(SETS),
     files: Annotated[int, typer.Option(help="Also time a set of so many files, 30 % of them copies.")] = 0,
     natural: Annotated[Path | None, typer.Option(help="Folder with groups.tsv and images/.")] = None,
     distinct: Annotated[list[Path] | None, typer.Option(help="Folder of distinct images; may be repeated.")] = None,
-    runs: Annotated[int, typer.Option(help="Times that each tool runs on a set.")] = 3,
+    runs: Annotated[int, typer.Option(help="Times that each tool runs on a set; 0 only makes sets.")] = 3,
     only: Annotated[list[str] | None, typer.Option(help="Only this tool; may be repeated.")] = None,
     skip_peers: Annotated[bool, typer.Option("--skip-peers", help="Only ours.")] = False,
 ) -> None:
@@ -331,8 +334,9 @@ def main(
     if photos:
         for name in filter(None, sets.split(",")):
             make_set(name, photos, work / SETS[name])
-            print_set(name, tools, work / SETS[name], work, runs)
-        if files:
+            if runs:
+                print_set(name, tools, work / SETS[name], work, runs)
+        if files and runs:
             folder = dedup_speed.make_set(photos, work / f"set-{files}-0.3", files, 0.3, 1)
             print_scale(tools, folder, files, work, runs)
     if natural:

@@ -24,7 +24,7 @@ import numpy as np
 import polars as pl
 import typer
 
-from dedup import embedding, images, neighbours, threshold
+from dedup import embedding, features, images, neighbours, products, threshold, vocabulary
 
 app = typer.Typer()
 WIDTH = 512
@@ -101,7 +101,7 @@ def ask(
     vectors, _, _ = make_vectors(rows)
     asked = make_vectors(10_000)[0]
     start = time.perf_counter()
-    loaded = neighbours.quantise(vectors)
+    loaded = products.quantise(vectors)
     print(f"loading {rows:,} rows: {time.perf_counter() - start:.1f} s\n")
     print("| queries | seconds | CPU s | CPU s a query | CPU h for 100,000 |")
     print("|---:|---:|---:|---:|---:|")
@@ -119,15 +119,26 @@ def ask(
 
 def embed(folder: Path, encoder: str, same: list[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """float32 (pictures, d) and the group of each, in the order of their names; `same`: "GROUP,GROUP" that are one."""
-    used = embedding.resolve(encoder)
     paths = sorted(path for path in folder.rglob("*") if path.suffix in images.SUFFIXES)
-    vectors = []
-    for start in range(0, len(paths), BATCH):
-        decoded = [images.decode(path.read_bytes(), min_side=used.side) for path in paths[start : start + BATCH]]
-        vectors.append(used.encode(np.stack([images.shrink(picture.pixels, used.side) for picture in decoded])))
+    vectors = embed_locally(paths) if encoder == "local" else embed_with(embedding.resolve(encoder), paths)
     one_of = {group: pair.split(",")[0] for pair in same or [] for group in pair.split(",")}
     names = [one_of.get(name, name) for name in (path.stem.split("@")[0] for path in paths)]
-    return np.concatenate(vectors), np.unique(names, return_inverse=True)[1]
+    return vectors, np.unique(names, return_inverse=True)[1]
+
+
+def embed_with(encoder: embedding.Encoder, paths: list[Path]) -> np.ndarray:
+    vectors = []
+    for start in range(0, len(paths), BATCH):
+        decoded = [images.decode(path.read_bytes(), min_side=encoder.side) for path in paths[start : start + BATCH]]
+        vectors.append(encoder.encode(np.stack([images.shrink(picture.pixels, encoder.side) for picture in decoded])))
+    return np.concatenate(vectors)
+
+
+def embed_locally(paths: list[Path]) -> np.ndarray:
+    decoded = (images.decode(path.read_bytes(), min_side=features.SIDE) for path in paths)
+    found = [features.extract(picture.pixels) for picture in decoded]
+    learned = vocabulary.learn(found[:: -(-len(found) // vocabulary.SAMPLE)])
+    return np.stack([learned.encode(each) for each in found]).astype(np.float16)
 
 
 def count_true(group: np.ndarray) -> int:
@@ -139,7 +150,7 @@ def count_true(group: np.ndarray) -> int:
 def candidates(
     images: Images,
     others: Annotated[list[Path] | None, typer.Option(help="Folders of unrelated pictures.")] = None,
-    encoder: Encoder = "sscd-distilled",
+    encoder: Encoder = "local",
     k: Annotated[int, typer.Option(help="Partners a row.")] = neighbours.K,
 ) -> None:
     """Share of the true pairs among the best candidates, at equal numbers of false ones."""
@@ -150,21 +161,18 @@ def candidates(
         vectors = np.concatenate([vectors, more])
     n, true = len(vectors), count_true(group)
     print(f"{n:,} pictures, {true:,} true pairs, k = {k}; recall in % (score of the last candidate)\n")
-    print("| score | candidates | 0.3 false a row | 1 | 3 |")
-    print("|---|---|---:|---:|---:|")
+    print("| score | 0.3 false a row | 1 | 3 |")
+    print("|---|---:|---:|---:|")
     for name, background in (("cosine", None), ("less background", neighbours.measure_background(vectors))):
         pairs = neighbours.join_cosine(vectors, k=k, threshold=-2.0, background=background).pairs
-        both = pl.col("rank_i").is_not_null() & pl.col("rank_j").is_not_null()
-        best = pl.min_horizontal("rank_i", "rank_j") <= 4
-        for rule, condition in (("either", pl.lit(True)), ("mutual", both), ("mutual or best 4", both | best)):
-            ordered = pairs.filter(condition).sort("score", descending=True)
-            related = group[ordered["i"].to_numpy()] == group[ordered["j"].to_numpy()]
-            false = np.cumsum(~related)
-            cells = []
-            for budget in (0.3, 1, 3):
-                end = int(np.searchsorted(false, budget * n / 2, side="right"))
-                cells.append(f"{100 * related[:end].sum() / true:.1f} ({ordered['score'][end - 1]:.2f})")
-            print(f"| {name} | {rule} | {' | '.join(cells)} |", flush=True)
+        ordered = pairs.sort("score", descending=True)
+        related = group[ordered["i"].to_numpy()] == group[ordered["j"].to_numpy()]
+        false = np.cumsum(~related)
+        cells = []
+        for budget in (0.3, 1, 3):
+            end = int(np.searchsorted(false, budget * n / 2, side="right"))
+            cells.append(f"{100 * related[:end].sum() / true:.1f} ({ordered['score'][end - 1]:.2f})")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def choose_groups(vectors: np.ndarray, group: np.ndarray, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -177,7 +185,8 @@ def predict(vectors: np.ndarray, group: np.ndarray, seed: int) -> Iterator[tuple
     i, j = np.triu_indices(len(vectors), 1)
     i, j = i[group[i] != group[j]], j[group[i] != group[j]]
     for name, background in (("cosine", None), ("less background", neighbours.measure_background(vectors))):
-        scores = neighbours.score_pairs(vectors, i, j, background)
+        backgrounds = None if background is None else (background, background)
+        scores = neighbours.score_pairs(vectors, i, vectors, j, backgrounds)
         sample = np.random.default_rng(seed).choice(scores, min(200_000, len(scores) // 10), replace=False)
         tail = threshold.fit_tail(sample, len(scores), seed=seed)
         for allowed in (1_000, 100, 10, 3):
@@ -191,7 +200,7 @@ def null(
     groups: Annotated[str, typer.Option(help="Numbers of groups.")] = "30,90,250",
     same: Annotated[list[str] | None, typer.Option(help="GROUP,GROUP that show the same scene.")] = None,
     seeds: Annotated[int, typer.Option(help="Samples of groups and of pairs.")] = 5,
-    encoder: Encoder = "sscd-distilled",
+    encoder: Encoder = "local",
 ) -> None:
     """Expected false pairs against counted ones."""
     vectors, group = embed(images, encoder, same)

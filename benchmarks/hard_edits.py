@@ -1,9 +1,9 @@
 """Edits as pictures are edited on the web, that a global hash does not survive, and sets of photographs made with them.
 
-These are what a method may be tuned on; unseen_edits.py is kept apart. A set holds for every photograph its base (JPEG
-quality 90) and one file per edit, `all/STEM@EDIT.jpg`, and `groups.csv`: file, group (STEM), edit, and left, top,
-right, bottom: the rectangle of the base that it shows, in the base's pixels, before any later step of the edit. What is
-drawn depends on the file's name alone, except backdrops, which follow each other.
+These are what a method may be tuned on; further_edits.py has been seen, unseen_edits.py is kept apart. A set holds for
+every photograph its base (JPEG quality 90) and one file per edit, `all/STEM@EDIT.jpg`, and `groups.csv`: file, group
+(STEM), edit, and left, top, right, bottom: the rectangle of the base that it shows, in the base's pixels, before any
+later step of the edit. What is drawn depends on the file's name alone, except backdrops, which follow each other.
 """
 
 import zlib

@@ -32,6 +32,9 @@ def dedup(
     level: Annotated[Literal["auto", "exact", "hash", "copy"], typer.Option(help="auto: the best there is.")] = "auto",
     encoder: Annotated[Encoder, typer.Option(help="Of level copy; local needs no weights.")] = "auto",
     weights: Annotated[str | None, typer.Option(help="Weights of the encoder: a file, a folder or a hub id.")] = None,
+    embeddings: Annotated[
+        Path | None, typer.Option(help="Vectors that clip-retrieval made of SRC, instead of an encoder.")
+    ] = None,
     weights_sha256: Annotated[str | None, typer.Option(help="What the digest of the weights must be.")] = None,
     jobs: JobsOption = 0,
     report: Annotated[bool, typer.Option(help="Write the HTML report.")] = True,
@@ -52,6 +55,10 @@ def dedup(
 
     out = out or Path(f"{find_root(src.resolve()).name}-dedup")
     chosen, by = resolve_auto(level, encoder, out)
+    if embeddings is not None:
+        if weights is not None or encoder != "auto" or chosen != "copy":
+            raise typer.BadParameter("--embeddings takes the place of --encoder and --weights, at level copy")
+        by, weights = "external", str(embeddings.resolve())
     options = Options(
         chosen, by, weights, weights_sha256, max_false_pairs, hash_decode, max_pixels, max_frames, flips, rotations
     )
@@ -74,10 +81,12 @@ def _summary(counts: dict, out: Path, report: bool, level: str) -> str:
     saved = counts["bytes_dropped"] / 1e6
     look_alikes = counts["pairs"].get("look-alike", 0)
     captions = {name: f"{count['cases']:,}" for name, count in counts["captions"].items()}
+    scenes = counts["pairs"].get("same-scene", 0)
     lines = [
         f"{counts['rows']:,} images: {counts['kept']:,} kept, {counts['dropped']:,} duplicates dropped "
         f"({share:.1%}, {saved:,.1f} MB), {counts['unreadable']:,} unreadable. Level: {level}.",
-        f"{look_alikes:,} look-alike pairs were kept; {counts['without_caption']:,} images have no caption.",
+        f"{look_alikes:,} look-alike and {scenes:,} same-scene pairs were kept; "
+        f"{counts['without_caption']:,} images have no caption.",
         f"Captions: {captions['same_image_same_caption']} repeat with the same image (the strongest risk), "
         f"{captions['same_image_other_captions']} images have several, "
         f"{captions['same_caption_other_images']} captions stand with several images.",

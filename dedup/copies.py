@@ -20,8 +20,6 @@ from dedup import (
     geometry,
     look,
     manifest,
-    neighbours,
-    threshold,
     vectors,
     verify,
     vocabulary,
@@ -30,51 +28,54 @@ from dedup.fingerprint import DecodeOptions
 from dedup.manifest import ORIENTATIONS, Schema
 from dedup.reader import ROWS, Reader
 
-MIN_COSINE = 0.1
-MAX_FALSE = 3  # unrelated pairs a picture that may be compared
-SAMPLE = 25_000_000  # numbers in the vectors of the random pairs that tell how alike unrelated pictures are
 ALL_PAIRS = 64  # pictures of which all pairs are candidates: too few to learn a vocabulary from
-FEW = 5_000  # pictures up to which the number of partners is limit enough
 CHANCE_PICTURES, CHANCE_PAIRS = 300, 2_000  # taken at random, to know how much unrelated pictures have in common
 CHANCE_FEWEST = 200  # pairs
 SERIES = 0.1  # share of them with a few features in common: photographs 0.013, emoji 0.06, solar cells 0.16
-SURE_TURN = 0.05  # of cosine, by which the mirrored picture must be more alike than the upright one, or less
 MIN_SIDE = 32  # pixels: smaller pictures hold too little to tell a copy from a look-alike
 PICTURE = 256  # JPEGs may be decoded at reduced scale down to this side before they are laid over each other
 REMEMBERED = 8  # pictures that a worker keeps decoded while it compares pairs
-CANDIDATE: Schema = {"a": pl.Int64, "b": pl.Int64, "cosine": pl.Float64, "mirrored": pl.Boolean}
+CANDIDATE: Schema = {"a": pl.Int64, "b": pl.Int64, "cosine": pl.Float64, "score": pl.Float64, "mirrored": pl.Boolean}
 MATCH: Schema = {"orientation": pl.String, "inliers": pl.Int32, "transform": pl.List(pl.Float64)}
 VERDICT: Schema = {"class": pl.String, "score": pl.Float64, "overlap": pl.Float64}
 
 
+def check_encoder(name: str, weights: str | None, sha256: str | None) -> None:
+    """Raise EncoderError or EmbeddingError now, and not after an hour, when there is no such encoder."""
+    if name == "external":
+        vectors.list_external(Path(weights or ""))
+    elif name != "local":
+        embedding.resolve(name, weights, sha256)
+
+
 @dataclass
 class CopySearch:
-    """Called with pairs and decisions, returns more pairs, until there are none. Remembers what it has compared."""
+    """`find` more pairs until there are none, `confirm` those that matter, `describe` it all at the end."""
 
     rows: pl.DataFrame
     reader: Reader
     out: Path
     encoder: str
     weights: tuple[str | None, str | None]  # where they are, and their SHA-256; None: as installed
-    max_false_pairs: float | None  # unrelated pairs that may be compared; None: MAX_FALSE a picture
+    max_false_pairs: float | None  # unrelated pairs that may be compared; None: three a picture
     stores: list[tuple[np.ndarray, list[Path]]] = field(default_factory=list)  # ids and files of features
     compared: pl.DataFrame | None = None
-    random: pl.DataFrame | None = None  # pairs a, b of representatives, with their cosine
+    random: pl.DataFrame | None = None  # pairs a, b of representatives, with their score
+    near: pl.DataFrame | None = None  # CANDIDATEs of the search
     series: bool = False  # see `_is_series`
     counts: dict[str, Any] = field(default_factory=dict)  # for run.json
 
     def find(self, pairs: pl.DataFrame, decisions: pl.DataFrame, rank: pl.Series) -> pl.DataFrame:
         """New rows of the pairs table (`manifest.PAIRS_SCHEMA`), signal `copy`: their features agree; see `confirm`."""
         if self.compared is None:
-            candidates = self._search(decisions)
-            self.compared = candidates.select("a", "b").clear()
+            near = self._search(decisions)
+            self.compared = near.select("a", "b").clear()
         else:
-            candidates = bridges(pairs, decisions, rank)
+            near = bridges(pairs, decisions, rank)
         for known in (self.compared, pairs.filter(pl.col("class") == "copy")):
-            candidates = candidates.join(known, on=["a", "b"], how="anti", maintain_order="left")
-        self.compared = pl.concat([self.compared, candidates.select("a", "b")])
-        matched = self._match(candidates)
-        found = pl.concat([candidates.drop("mirrored"), matched], how="horizontal").filter(
+            near = near.join(known, on=["a", "b"], how="anti", maintain_order="left")
+        self.compared = pl.concat([self.compared, near.select("a", "b")])
+        found = pl.concat([near.select("a", "b", "cosine"), self._match(near)], how="horizontal").filter(
             pl.col("inliers") >= geometry.MIN_EVIDENCE
         )
         found = found.with_columns(**{"class": pl.lit("copy")}, signal=pl.lit("copy"))
@@ -94,36 +95,64 @@ class CopySearch:
         return pairs.with_columns(judged.get_columns())
 
     def _search(self, decisions: pl.DataFrame) -> pl.DataFrame:
-        """Candidates: ids a < b, cosine, and whether a mirrored resembles b more, if known."""
+        """CANDIDATEs: ids a < b, cosine, score, and whether a mirrored resembles b more, if known."""
         side = pl.min_horizontal("width", "height")
         is_star = decisions["cluster_id"] == self.rows["id"]
         chosen = self.rows.filter(is_star & (pl.col("status") == "ok") & (side >= MIN_SIDE))
         if len(chosen) < 2:
             return pl.DataFrame(schema=CANDIDATE)
-        if self.encoder == "local":
-            meta, found, mirrored = self._encode_locally(chosen)
-        else:
-            meta = embedding.resolve(self.encoder, *self.weights).meta()
-            vectors.check_same(self.out, meta)
-            paths = self.reader.write_parts(
-                f"embeddings-{self.encoder}", chosen, embedding.embed_rows, self.encoder, *self.weights
-            )
-            found, mirrored = np.concatenate([np.load(path) for path in paths]), None
+        from dedup import candidates
+
+        meta, upright, mirrored = self._embed(chosen)
+        views = candidates.see(upright, mirrored, self.reader.workers.jobs)
         ids = chosen["id"].to_numpy()
-        vectors.write_embeddings(self.out, meta, ids, found)
-        i, j = threshold.sample_pairs(len(ids), SAMPLE // found.shape[1])
-        self.random = pl.DataFrame({"a": ids[i], "b": ids[j], "cosine": _cosines(found, mirrored, i, j)[0]})
+        vectors.write_embeddings(self.out, meta, ids, upright, views.background)
+        self.random = _by_id(candidates.score_random(views), ids)
         self.series = self._is_series(ids)
-        floor = self._choose_floor(self.random["cosine"].to_numpy(), len(ids))
+        chosen_floor = candidates.choose_floor(self.random["score"].to_numpy(), len(ids), self.max_false_pairs)
+        floor, recall = candidates.MIN_SCORE, 1.0
+        if chosen_floor is not None:
+            floor = max(floor, round(chosen_floor.value, 4))
+            self.counts["supported"] = chosen_floor.supported
         if len(ids) <= ALL_PAIRS:
-            near = pl.DataFrame(dict(zip("ij", np.triu_indices(len(ids), 1), strict=True))).with_columns(
-                cosine=pl.lit(None, pl.Float64), mirrored=pl.lit(None, pl.Boolean)
-            )
+            near = pl.DataFrame(dict(zip("ij", np.triu_indices(len(ids), 1), strict=True)))
+            near = near.with_columns(cosine=None, score=None, mirrored=None)
         else:
-            near = find_near(found, mirrored, floor, self.reader.workers.jobs)
-        self.counts |= {"encoder": self.encoder, "pictures": len(ids), "floor": floor, "candidates": len(near)}
-        self.counts |= {"series": self.series}
-        return near.with_columns(a=pl.Series(ids).gather(near["i"]), b=pl.Series(ids).gather(near["j"])).drop("i", "j")
+            near, recall = candidates.find_near(views, floor, self.reader.workers.jobs)
+        self.near = manifest.conform(_by_id(near, ids), CANDIDATE)
+        self.counts |= {"encoder": self.encoder, "pictures": len(ids), "floor": floor, "recall": recall}
+        self.counts |= {"candidates": len(near), "series": self.series}
+        return self.near
+
+    def describe(self, pairs: pl.DataFrame) -> dict[str, Any]:
+        """For run.json: the search, how alike unrelated pictures are, examples. pairs: of the finished run."""
+        from dedup import candidates
+
+        if self.random is None or self.near is None:
+            return self.counts
+        n, floor = self.counts["pictures"], self.counts["floor"]
+        found = pairs.join(self.near.select("a", "b"), on=["a", "b"], how="semi")
+        return self.counts | {
+            "accepted": found.filter((pl.col("signal") == "copy") & (pl.col("class") == "copy")).height,
+            "null": candidates.describe_null(self.random, pairs, n, len(self.rows), floor),
+            "examples": candidates.choose_examples(self.near, self.random, pairs, floor),
+        }
+
+    def _embed(self, chosen: pl.DataFrame) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
+        """What tells these vectors from others, and float16 (n, d) twice: upright, and mirrored if that is known."""
+        if self.encoder == "local":
+            return self._encode_locally(chosen)
+        if self.encoder == "external":
+            folder, keys = Path(self.weights[0] or ""), chosen["key"].to_list()
+            found = vectors.read_external(folder, keys)
+            meta = {"encoder": "external", "weights_sha256": None, "preprocessing": None, "dimension": found.shape[1]}
+            return meta, found, None
+        meta = embedding.resolve(self.encoder, *self.weights).meta()
+        vectors.check_same(self.out, meta)
+        paths = self.reader.write_parts(
+            f"embeddings-{self.encoder}", chosen, embedding.embed_rows, self.encoder, *self.weights
+        )
+        return meta, np.concatenate([np.load(path) for path in paths]), None
 
     def _is_series(self, ids: np.ndarray) -> bool:
         """Whether pictures taken at random share more features than chance has it: one object, frame or style in all.
@@ -131,6 +160,8 @@ class CopySearch:
         What tells them apart is then little and local, so copies must agree everywhere. Pairs that share many features
         may be copies and are not counted.
         """
+        from dedup import threshold
+
         chosen = np.random.default_rng(0).permutation(ids)[:CHANCE_PICTURES]
         i, j = threshold.sample_pairs(len(chosen), CHANCE_PAIRS)
         a, b = np.minimum(chosen[i], chosen[j]), np.maximum(chosen[i], chosen[j])
@@ -140,39 +171,16 @@ class CopySearch:
         self.counts |= {"chance_pairs": len(pairs), "chance": round(chance, 4)}
         return len(pairs) >= CHANCE_FEWEST and chance > SERIES
 
-    def _choose_floor(self, cosines: np.ndarray, n: int) -> float:
-        """The least cosine of a candidate among n pictures: few unrelated ones (of random pairs) reach it."""
-        if self.max_false_pairs is None and n <= FEW:
-            return MIN_COSINE
-        try:
-            tail = threshold.fit_tail(cosines, n * (n - 1) // 2)
-        except threshold.ThresholdError:
-            return MIN_COSINE  # too few pictures: all their nearest are compared
-        allowed = MAX_FALSE * n if self.max_false_pairs is None else self.max_false_pairs
-        return max(MIN_COSINE, round(tail.threshold_for(allowed).value, 4))
-
-    def describe_null(self, pairs: pl.DataFrame) -> dict[str, Any]:
-        """What `threshold.describe` says of random pairs of the representatives, without those found to be related."""
-        if self.random is None:
-            return {}
-        unrelated = self.random.join(pairs, on=["a", "b"], how="anti")
-        n = self.counts["pictures"]
-        try:
-            tail = threshold.fit_tail(unrelated["cosine"].to_numpy(), n * (n - 1) // 2)
-        except threshold.ThresholdError as error:
-            return {"error": str(error)}
-        return threshold.describe(tail) | {"expected_at_floor": tail.expected(self.counts["floor"])}
-
     def _encode_locally(self, chosen: pl.DataFrame) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
         """Vectors of the pictures and of their mirror images, float16 (n, d) each."""
         paths = self._extract(chosen)
         step = -(-len(chosen) // vocabulary.SAMPLE)
-        sample = [features.unpack(_open(paths[n // ROWS])[n % ROWS]) for n in range(0, len(chosen), step or 1)]
+        sample = [features.unpack(_open(paths[n // ROWS])[n % ROWS]) for n in range(0, len(chosen), step)]
         learned = vocabulary.learn(sample)
         path = self.out / "embeddings" / "local" / "vocabulary.npz"
         digest = vocabulary.save(path, learned)
         items = [(part, path, digest) for part in paths]
-        encoded = np.concatenate(list(self.reader.workers.run(encode_features, items)) or [np.zeros((2, 0, 1))], axis=1)
+        encoded = np.concatenate(list(self.reader.workers.run(encode_features, items)), axis=1)
         meta = {"encoder": "local", "weights_sha256": digest, "preprocessing": vocabulary.DESCRIPTION}
         return meta | {"dimension": encoded.shape[2]}, encoded[0], encoded[1]
 
@@ -194,30 +202,10 @@ class CopySearch:
         }
 
 
-def find_near(found: np.ndarray, mirrored: np.ndarray | None, floor: float, jobs: int) -> pl.DataFrame:
-    """Vectors in id order → i < j, cosine, mirrored (null where both ways are worth a try)."""
-    near = neighbours.join_cosine(found, threshold=floor, jobs=jobs).pairs.select("i", "j")
-    if mirrored is not None:
-        across, _ = neighbours.nearest(mirrored, found, threshold=floor, jobs=jobs)  # (n, k)
-        row, place = np.nonzero(across >= 0)
-        other = across[row, place]
-        turned = pl.DataFrame({"i": np.minimum(row, other), "j": np.maximum(row, other)})
-        near = pl.concat([near, turned.filter(pl.col("i") < pl.col("j"))]).unique().sort("i", "j")
-    cosine, gain = _cosines(found, mirrored, near["i"].to_numpy(), near["j"].to_numpy())
-    return near.with_columns(cosine=cosine, gain=gain).select(
-        "i", "j", "cosine", mirrored=pl.when(pl.col("gain").abs() > SURE_TURN).then(pl.col("gain") > 0)
-    )
-
-
-def _cosines(
-    found: np.ndarray, mirrored: np.ndarray | None, i: np.ndarray, j: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """float64 (pairs,): the better cosine of upright and mirrored, and what mirroring gains (0 if unknown)."""
-    upright = neighbours.cosines(found, i, found, j)
-    if mirrored is None:
-        return upright, np.zeros(len(i))
-    turned = neighbours.cosines(mirrored, i, found, j)
-    return np.maximum(upright, turned), turned - upright
+def _by_id(pairs: pl.DataFrame, ids: np.ndarray) -> pl.DataFrame:
+    """Row numbers i, j → ids a, b."""
+    numbers = pl.Series(ids)
+    return pairs.with_columns(a=numbers.gather(pairs["i"]), b=numbers.gather(pairs["j"])).drop("i", "j")
 
 
 def bridges(pairs: pl.DataFrame, decisions: pl.DataFrame, rank: pl.Series) -> pl.DataFrame:

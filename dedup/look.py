@@ -4,12 +4,12 @@ In: locations of rows. Out: their thumbnails, digests, verdicts. Each function i
 longer the one that was hashed is an error.
 """
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from dedup import detail, hashing, images, manifest, sources, verify
+from dedup import detail, hashing, images, sources, vectors, verify
 from dedup.fingerprint import DecodeOptions
 
 LOCATION = ["shard", "offset", "size", "key", "sha256"]
@@ -48,12 +48,7 @@ def make_thumbnails(src: Path, rows: list[tuple], path: Path, options: DecodeOpt
     thumbnails = np.zeros((len(rows), THUMBNAIL, THUMBNAIL, 3), np.uint8)
     for number, row in enumerate(rows):
         thumbnails[number] = images.shrink(read_again(src, row, options, min_side=SIDE).pixels, THUMBNAIL)
-    manifest.write_atomic(path, partial(_save, array=thumbnails))
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    with path.open("wb") as handle:  # np.save would append .npy to the temporary name
-        np.save(handle, array)
+    vectors.save(path, thumbnails)
 
 
 class Thumbnails:

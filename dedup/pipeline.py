@@ -34,7 +34,6 @@ from dedup import (
 )
 from dedup.reader import Reader
 
-ENCODER = "local"  # finds more than SSCD's student and needs no weights: docs/benchmarks.md
 LIBRARIES = ("unmemorize", "pillow", "imagehash", "numpy", "polars", "opencv-python-headless", "simplejpeg")
 
 
@@ -51,8 +50,8 @@ class Options:
     """What decides the result; recorded in run.json. Two runs with equal options on one source give equal bytes."""
 
     level: str = "hash"  # "exact": equal bytes only; "hash": PDQ candidates, verified; "copy": edited copies too
-    encoder: str | None = None  # of level "copy": "local" or a name in `embedding.ENCODERS`
-    weights: str | None = None
+    encoder: str = "local"  # of level "copy": "local", "external" or a name in `embedding.ENCODERS`
+    weights: str | None = None  # a file, a folder or a hub id; of "external": the folder that holds the vectors
     weights_sha256: str | None = None
     max_false_pairs: float | None = None  # unrelated pairs that may be compared; None: three a picture
     hash_decode: str = "fast"
@@ -70,6 +69,8 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
     src, out = src.resolve(), out.resolve()
     if out == src or src in out.parents:
         raise OptionsError(f"{out} lies inside the source {src}: choose another folder with -o")
+    if options.level == "copy":
+        copies.check_encoder(options.encoder, options.weights, options.weights_sha256)
     shards = sources.list_shards(src)
     out.mkdir(parents=True, exist_ok=True)
     with lock(out), engine.Workers(jobs) as workers:
@@ -86,32 +87,37 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
         reader = Reader(src, work, decode, workers)
         with _timed(seconds, "verify"):
             rows, pairs = judge.accept_pairs(rows, candidates, reader, flat=options.level != "exact")
-        copy_search = _copy_search(rows, reader, out, options) if options.level == "copy" else None
+        weights = options.weights, options.weights_sha256
+        search_copies = copies.CopySearch(rows, reader, out, options.encoder, weights, options.max_false_pairs)
+        copy_search = search_copies if options.level == "copy" else None
         with _timed(seconds, "decide"):
             keep = {"flips": options.flips, "rotations": options.rotations}
             pairs, decisions, held = judge.settle(rows, pairs, reader, search=copy_search, **keep)
             table = decide(rows.with_columns(effective_pixels=held), pairs, decisions)
+            # a look-alike of the hash level may be a copy to the copy level, turned or cropped: that one counts
             pairs = pairs.sort("a", "b", pl.col("class") != "copy", maintain_order=True).unique(
                 ["a", "b"], keep="first", maintain_order=True
             )
         with _timed(seconds, "write"):
             counts = count(table, pairs) | {"rows_at_limit": count_at_limit(candidates)}
             if copy_search is not None:
-                counts["copy_search"] = copy_search.counts | {"null": copy_search.describe_null(pairs)}
+                counts["copy_search"] = copy_search.describe(pairs)
             run = write_outputs(out, src, shards, table, pairs, options, counts)
         manifest.write_json(out / "timings.json", {k: round(v, 3) for k, v in seconds.items()})
     return run
 
 
-def resolve_auto(level: str, encoder: str, out: Path) -> tuple[str, str | None]:
-    """What `auto` means: level and encoder of the run that OUT holds, else the best there is."""
+def resolve_auto(level: str, encoder: str, out: Path) -> tuple[str, str]:
+    """What `auto` means: level and encoder of the run that OUT holds, else the best there is.
+
+    The encoder `local` finds more than SSCD's student and needs no weights (docs/benchmarks.md).
+    """
     recorded = out / ".work" / "options.json"
     before = manifest.read_json(recorded)["options"] if recorded.exists() else {}
-    if level == "auto":
-        level = before.get("level", "copy")
-    if level != "copy":
-        return level, None
-    return level, (before.get("encoder") or ENCODER) if encoder == "auto" else encoder
+    return (
+        before.get("level", "copy") if level == "auto" else level,
+        before.get("encoder", Options().encoder) if encoder == "auto" else encoder,
+    )
 
 
 @contextmanager
@@ -202,11 +208,6 @@ def find_candidates(rows: pl.DataFrame, options: Options, jobs: int) -> pl.DataF
         ids.gather(found["i"]).alias("i"), ids.gather(found["j"]).alias("j"), signal=pl.lit("pdq")
     )
     return pl.concat([equal_bytes, near])
-
-
-def _copy_search(rows: pl.DataFrame, reader: Reader, out: Path, options: Options) -> copies.CopySearch:
-    encoder, weights = options.encoder or ENCODER, (options.weights, options.weights_sha256)
-    return copies.CopySearch(rows, reader, out, encoder, weights, options.max_false_pairs)
 
 
 def decide(rows: pl.DataFrame, pairs: pl.DataFrame, decisions: pl.DataFrame) -> pl.DataFrame:

@@ -36,8 +36,11 @@ def save(path: Path, array: np.ndarray) -> None:
     manifest.write_atomic(path, write)
 
 
-def write_embeddings(out: Path, meta: dict[str, Any], ids: np.ndarray, vectors: np.ndarray) -> None:
-    """`OUT/embeddings/<encoder>/`: 00000.npy … float16, ids.npy int64, and meta.json when all of it is there.
+def write_embeddings(
+    out: Path, meta: dict[str, Any], ids: np.ndarray, vectors: np.ndarray, background: np.ndarray
+) -> None:
+    """`OUT/embeddings/<encoder>/`: 00000.npy … float16, ids.npy int64, background.npy float32 (of
+    `neighbours.measure_background`), and meta.json when all of it is there.
 
     meta: `Encoder.meta()`; for vectors of another origin the same keys.
     """
@@ -49,11 +52,12 @@ def write_embeddings(out: Path, meta: dict[str, Any], ids: np.ndarray, vectors: 
     for number, start in enumerate(starts):
         save(folder / f"{number:05d}.npy", vectors[start : start + manifest.ROWS_PER_FILE].astype(np.float16))
     save(folder / "ids.npy", ids.astype(np.int64))
+    save(folder / "background.npy", background.astype(np.float32))
     manifest.write_json(folder / "meta.json", meta | {"rows": len(vectors)})
 
 
-def read_embeddings(out: Path, encoder: str) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """meta, ids int64 (n,), vectors float16 (n, d). Raises EmbeddingError."""
+def read_embeddings(out: Path, encoder: str) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
+    """meta, ids int64 (n,), vectors float16 (n, d), background float32 (n,). Raises EmbeddingError."""
     folder = out / "embeddings" / encoder
     if not (folder / "meta.json").exists():
         raise EmbeddingError(
@@ -61,10 +65,11 @@ def read_embeddings(out: Path, encoder: str) -> tuple[dict[str, Any], np.ndarray
         )
     meta = manifest.read_json(folder / "meta.json")
     ids, parts = _load(folder / "ids.npy"), [_load(path) for path in _parts(folder)]
-    rows = sum(len(part) for part in parts)
-    if {part.shape[1:] for part in parts} != {(meta["dimension"],)} or rows != meta["rows"] or len(ids) != rows:
+    background = _load(folder / "background.npy")
+    rows = {meta["rows"], sum(len(part) for part in parts), len(ids), len(background)}
+    if {part.shape[1:] for part in parts} != {(meta["dimension"],)} or len(rows) > 1:
         raise EmbeddingError(f"{folder} is not what its meta.json says: remove it and run again")
-    return meta, np.array(ids), np.concatenate(parts)
+    return meta, np.array(ids), np.concatenate(parts), np.array(background)
 
 
 def check_same(out: Path, meta: dict[str, Any]) -> None:
@@ -89,6 +94,14 @@ def _load(path: Path) -> np.ndarray:
         raise EmbeddingError(f"{path} is no numpy file that can be read ({error})") from error
 
 
+def list_external(folder: Path) -> list[Path]:
+    """The files of vectors that `read_external` reads. Raises EmbeddingError."""
+    paths = sorted(folder.glob("img_emb/img_emb_*.npy"))
+    if not paths:
+        raise EmbeddingError(f"{folder} holds no img_emb/img_emb_0.npy: clip-retrieval's layout is expected")
+    return paths
+
+
 def read_external(folder: Path, keys: Sequence[str]) -> np.ndarray:
     """Embeddings in clip-retrieval's layout → float16 (keys, d), L2-normalised, in the order of the keys.
 
@@ -96,9 +109,7 @@ def read_external(folder: Path, keys: Sequence[str]) -> np.ndarray:
         names the rows: as our keys do, or with one and the same folder before all of them.
     Rows that no key asks for are passed over, but checked. Raises EmbeddingError.
     """
-    paths = sorted(folder.glob("img_emb/img_emb_*.npy"))
-    if not paths:
-        raise EmbeddingError(f"{folder} holds no img_emb/img_emb_0.npy: clip-retrieval's layout is expected")
+    paths = list_external(folder)
     parts = [_load(path) for path in paths]
     names = []
     for path, part in zip(paths, parts, strict=True):

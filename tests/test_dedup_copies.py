@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from test_dedup_features import photograph
 from test_dedup_geometry import EDITS, add_caption_bar, add_shop_frame, draw_circles
 
-from dedup import clustering, copies, embedding, features, geometry, hashing, manifest, policy
+from dedup import clustering, copies, embedding, features, geometry, hashing, manifest, policy, vectors
 from dedup.fingerprint import DecodeOptions
 from dedup.pipeline import Options, OptionsError, deduplicate
 
@@ -241,6 +240,27 @@ def test_with_a_network_as_encoder(small: Path, tmp_path: Path) -> None:
             assert group(key) == group(names[row["kept_id"]])
 
 
+def test_with_vectors_that_somebody_else_made(small: Path, tmp_path: Path) -> None:
+    expected = run(small, tmp_path / "local")
+    _, ids, found, _ = vectors.read_embeddings(tmp_path / "local", "local")
+    keys = [f"photos/{key}" for key in expected.rows]
+    assert len(ids) == len(keys)  # nothing is found by hash
+    folder = tmp_path / "clip"
+    for name in ("img_emb", "metadata"):
+        (folder / name).mkdir(parents=True)
+    np.save(folder / "img_emb/img_emb_0.npy", found[::-1])
+    pl.DataFrame({"image_path": keys[::-1]}).write_parquet(folder / "metadata/metadata_0.parquet")
+    options = Options(level="copy", encoder="external", weights=str(folder))
+    other = run(small, tmp_path / "external", options)
+    assert other.counts["copy_search"]["encoder"] == "external"
+    assert {key: row["kept_id"] for key, row in other.rows.items()} == {
+        key: row["kept_id"] for key, row in expected.rows.items()
+    }
+    with pytest.raises(vectors.EmbeddingError, match="holds no img_emb"):
+        run(small, tmp_path / "none", Options(level="copy", encoder="external", weights=str(tmp_path)))
+    assert not (tmp_path / "none").exists()  # it is said at once
+
+
 def test_small_pictures_are_left_to_the_hashes(tmp_path: Path) -> None:
     """A crop of an icon would be found, were it larger."""
     src = tmp_path / "src"
@@ -452,25 +472,3 @@ def test_partners_are_pairs_of_the_copy_search() -> None:
     )
     assert policy.count_partners(pairs, 5).to_list() == [1, 2, 0, 1, 0]
     assert policy.count_partners(make_pairs(), 2).to_list() == [0, 0]
-
-
-@cache
-def near_vectors() -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    found = rng.normal(size=(40, 16))
-    mirrored = rng.normal(size=(40, 16))
-    found[1] = found[0] + 0.1 * rng.normal(size=16)  # 1 is a copy of 0
-    mirrored[3], mirrored[2] = found[2], found[3]  # 3 is 2, mirrored
-    return tuple((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16) for x in (found, mirrored))  # type: ignore[return-value]
-
-
-def test_candidates_say_which_way_to_look() -> None:
-    found, mirrored = near_vectors()
-    near = copies.find_near(found, mirrored, 0.8, 1)
-    sides = {(i, j): turned for i, j, turned in near.select("i", "j", "mirrored").iter_rows()}
-    assert sides[0, 1] is False
-    assert sides[2, 3] is True
-    assert near.filter(pl.col("cosine") > 0.99).select("i", "j").rows() == [(0, 1), (2, 3)]
-    plain = copies.find_near(found, None, 0.8, 1)
-    assert (2, 3) not in plain.select("i", "j").rows()
-    assert plain["mirrored"].null_count() == len(plain)

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dedup import neighbours
-from dedup.neighbours import SCALE, UNIT
+from dedup import neighbours, products
+from dedup.products import SCALE, UNIT
 
 
 def random_vectors(n: int, d: int, seed: int, *, crowd: float = 0.0) -> np.ndarray:
@@ -29,21 +29,25 @@ def exact_scores(vectors: np.ndarray, background: np.ndarray | None = None) -> n
     return rounded @ rounded.T - offsets[:, None] - offsets[None]
 
 
+def best_pairs(scores: np.ndarray, exact: np.ndarray, k: int, threshold: float) -> set:
+    """(i, j), i < j, one of which is among the k best of the other; int64 (n, n) symmetric, and the scores as shown."""
+    n = len(scores)
+    best = {row: sorted((-scores[row, j], j) for j in range(n) if j != row)[:k] for row in range(n)}
+    pairs = {(min(row, j), max(row, j)) for row, others in best.items() for _, j in others}
+    return {(i, j) for i, j in pairs if exact[i, j] >= threshold}
+
+
 def brute_force(vectors: np.ndarray, k: int, threshold: float, background: np.ndarray | None = None) -> set:
-    """(i, j, rank_i, rank_j) of the pairs that belong into the table."""
-    scores = exact_scores(vectors, background)
-    rank = {}
-    for row in range(len(vectors)):
-        others = sorted((-scores[row, j], j) for j in range(len(vectors)) if j != row)
-        rank |= {(row, j): place for place, (_, j) in enumerate(others[:k], 1)}
-    score = neighbours.score_pairs(vectors, *np.array(sorted(rank), np.int64).reshape(-1, 2).T, background)
-    ordered = {(min(pair), max(pair)) for pair, s in zip(sorted(rank), score, strict=True) if s >= threshold}
-    return {(i, j, rank.get((i, j)), rank.get((j, i))) for i, j in ordered}
+    n = len(vectors)
+    i, j = (each.ravel() for each in np.indices((n, n)))
+    backgrounds = None if background is None else (background, background)
+    exact = neighbours.score_pairs(vectors, i, vectors, j, backgrounds).reshape(n, n)
+    return best_pairs(exact_scores(vectors, background), exact, k, threshold)
 
 
 def found(vectors: np.ndarray, **options: object) -> set:
     pairs = neighbours.join_cosine(vectors, **options).pairs  # type: ignore[arg-type]
-    return set(pairs.select("i", "j", "rank_i", "rank_j").iter_rows())
+    return set(pairs.select("i", "j").iter_rows())
 
 
 @settings(max_examples=40, deadline=None)
@@ -66,13 +70,52 @@ def test_the_join_finds_what_brute_force_finds(
     )
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(0, 60),
+    k=st.integers(1, 20),
+    threshold=st.sampled_from([-1.0, 0.0, 0.3]),
+    normalised=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_turned_pictures_meet_those_that_come_after_them(
+    n: int, k: int, threshold: float, normalised: bool, seed: int
+) -> None:
+    vectors, turned = random_vectors(n, 12, seed), random_vectors(n, 12, seed + 1)
+    rng = np.random.default_rng(seed)
+    of_vectors, of_turned = (rng.uniform(0, 0.2, n).astype(np.float32) for _ in range(2))
+    backgrounds = (of_turned, of_vectors) if normalised else None
+    i, j = (each.ravel() for each in np.indices((n, n)))
+    exact = neighbours.score_pairs(turned, i, vectors, j, backgrounds).reshape(n, n)
+    whole = products.quantise(turned).astype(np.int64) @ products.quantise(vectors).astype(np.int64).T
+    if normalised:
+        whole -= products.offsets(of_turned, n)[:, None] + products.offsets(of_vectors, n)
+    later = np.triu(whole, 1) + np.triu(whole, 1).T
+    chosen = {"background": of_vectors, "turned_background": of_turned} if normalised else {}
+    assert found(vectors, turned=turned, k=k, threshold=threshold, **chosen) == best_pairs(later, exact, k, threshold)
+
+
+def test_turned_pictures_in_cells_say_how_many_were_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "CELL_ROWS", 32)
+    monkeypatch.setattr(neighbours, "PROBES", 8)
+    vectors, turned = random_vectors(4_000, 16, 2), random_vectors(4_000, 16, 3)
+    exact = neighbours.join_cosine(vectors, turned=turned, k=8, threshold=0.5)
+    one = neighbours.join_cosine(vectors, turned=turned, k=8, threshold=0.5, exact_up_to=0)
+    two = neighbours.join_cosine(vectors, turned=turned, k=8, threshold=0.5, exact_up_to=0, jobs=2)
+    assert one.pairs.equals(two.pairs)
+    assert 0.5 < one.recall < 1
+    both = one.pairs.join(exact.pairs, on=["i", "j"])
+    assert both["cosine"].equals(both["cosine_right"])
+    assert len(both) / len(exact.pairs) == pytest.approx(one.recall, abs=0.03)
+
+
 def test_blocks_threads_and_cells_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = random_vectors(700, 24, 1, crowd=0.3)
     expected = neighbours.join_cosine(vectors, k=5)
-    assert set(expected.pairs.select("i", "j", "rank_i", "rank_j").iter_rows()) == brute_force(vectors, 5, 0.0)
+    assert set(expected.pairs.select("i", "j").iter_rows()) == brute_force(vectors, 5, 0.0)
     assert expected.recall == 1
     for block, jobs in ((64, 1), (97, 2), (33, 3)):
-        monkeypatch.setattr(neighbours, "BLOCK", block)
+        monkeypatch.setattr(products, "BLOCK", block)
         assert neighbours.join_cosine(vectors, k=5, jobs=jobs).pairs.equals(expected.pairs)
         everywhere = neighbours.join_cosine(vectors, k=5, jobs=jobs, exact_up_to=0)  # two cells, both are looked into
         assert everywhere.pairs.equals(expected.pairs)
@@ -110,7 +153,7 @@ def test_half_precision_memory_maps_and_rounded_vectors_give_the_same_pairs(tmp_
     mapped = np.load(tmp_path / "v.npy", mmap_mode="r")
     pairs = neighbours.join_cosine(vectors).pairs
     assert neighbours.join_cosine(mapped).pairs.equals(pairs)
-    rounded = neighbours.join_cosine(neighbours.quantise(mapped)).pairs
+    rounded = neighbours.join_cosine(products.quantise(mapped)).pairs
     assert rounded.select("i", "j").equals(pairs.select("i", "j"))
     assert np.abs(rounded["cosine"] - pairs["cosine"]).max() < 0.001
 
@@ -118,21 +161,21 @@ def test_half_precision_memory_maps_and_rounded_vectors_give_the_same_pairs(tmp_
 @pytest.mark.parametrize("n", [0, 1])
 def test_nothing_to_compare(n: int) -> None:
     joined = neighbours.join_cosine(random_vectors(n, 4, 0), exact_up_to=0)
-    assert joined.pairs.columns == ["i", "j", "cosine", "score", "rank_i", "rank_j"]
+    assert joined.pairs.columns == ["i", "j", "cosine", "score"]
     assert len(joined.pairs) == joined.rows_at_limit == 0
 
 
 def test_inner_products_are_exact_in_any_order() -> None:
     """The proof in numbers: vectors as long as rounding can make them, added up in float32 in two orders."""
     rng = np.random.default_rng(0)
-    for d in (1, 512, neighbours.MAX_WIDTH):
+    for d in (1, 512, products.MAX_WIDTH):
         vectors = np.repeat((np.abs(rng.standard_normal((1, d))) + 1).astype(np.float32), 2, axis=0)
-        rounded = neighbours.quantise(vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.int64)
+        rounded = products.quantise(vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.int64)
         exact = int(rounded[0] @ rounded[1])
         assert exact < 2**24
-        products = (rounded[0] * rounded[1]).astype(np.float32)
+        terms = (rounded[0] * rounded[1]).astype(np.float32)
         for order in (np.arange(d), rng.permutation(d)):
-            assert np.add.accumulate(products[order], dtype=np.float32)[-1] == exact
+            assert np.add.accumulate(terms[order], dtype=np.float32)[-1] == exact
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -176,9 +219,9 @@ def test_nearest_is_the_top_of_all_cosines(n: int, queries: int, k: int, seed: i
 def test_few_and_many_queries_get_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, asked = random_vectors(3_000, 40, 5), random_vectors(20, 40, 6)
     indices, cosine = neighbours.nearest(asked, vectors, 7)
-    monkeypatch.setattr(neighbours, "BLOCK", 100)
+    monkeypatch.setattr(products, "BLOCK", 100)
     for row in range(20):
-        alone = neighbours.nearest(asked[row : row + 1], neighbours.quantise(vectors), 7, jobs=2)
+        alone = neighbours.nearest(asked[row : row + 1], products.quantise(vectors), 7, jobs=2)
         assert np.array_equal(alone[0][0], indices[row])
         assert np.allclose(alone[1][0], cosine[row], atol=0.001)
 

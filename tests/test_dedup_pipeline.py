@@ -146,9 +146,9 @@ def test_names_survive_whatever_their_bytes() -> None:
 
 def test_auto_goes_on_with_the_level_of_the_run(folder: Path, tmp_path: Path) -> None:
     assert resolve_auto("auto", "auto", tmp_path / "out") == ("copy", "local")
-    assert resolve_auto("hash", "auto", tmp_path / "out") == ("hash", None)
+    assert resolve_auto("hash", "auto", tmp_path / "out") == ("hash", "local")
     deduplicate(folder, tmp_path / "out", Options("exact"))
-    assert resolve_auto("auto", "auto", tmp_path / "out") == ("exact", None)
+    assert resolve_auto("auto", "auto", tmp_path / "out") == ("exact", "local")
     deduplicate(folder, tmp_path / "other", Options("copy", "local"))
     assert resolve_auto("auto", "auto", tmp_path / "other") == ("copy", "local")
 
