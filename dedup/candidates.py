@@ -106,11 +106,14 @@ def describe_null(random: pl.DataFrame, pairs: pl.DataFrame, n: int, rows: int, 
 
 
 def choose_examples(near: pl.DataFrame, random: pl.DataFrame, pairs: pl.DataFrame, floor: float) -> list[dict]:
-    """Pairs a, b next to the floor: candidates above it, random pairs below, and whether they are copies now."""
-    above = near.sort("score", "a", "b").head(EXAMPLES).with_columns(side=pl.lit("above"))
-    below = random.filter(pl.col("score") < floor).sort(-pl.col("score"), "a", "b").head(EXAMPLES)
-    both = pl.concat([above, below.with_columns(side=pl.lit("below"))], how="diagonal")
+    """Pairs a, b by the floor: the lowest candidates that are copies now and that are not, and random pairs below."""
     copies = pairs.filter(pl.col("class") == "copy").select("a", "b", accepted=True)
-    both = both.join(copies, on=["a", "b"], how="left", maintain_order="left")
-    shown = both.sort(-pl.col("score"), "a", "b").select("a", "b", "score", "side", pl.col("accepted").fill_null(False))
-    return shown.to_dicts()
+    known = near.drop_nulls("score").join(copies, on=["a", "b"], how="left", maintain_order="left")
+    known = known.with_columns(pl.col("accepted").fill_null(False), side=pl.lit("above")).sort("score", "a", "b")
+    below = random.filter(pl.col("score") < floor).sort(-pl.col("score"), "a", "b")
+    lists = (
+        *(known.filter(pl.col("accepted") == accepted).head(EXAMPLES // 2) for accepted in (True, False)),
+        below.head(EXAMPLES).with_columns(side=pl.lit("below"), accepted=False),
+    )
+    columns = ["a", "b", "score", "side", "accepted"]
+    return pl.concat([some.select(columns) for some in lists]).sort(-pl.col("score"), "a", "b").to_dicts()

@@ -94,8 +94,8 @@ def _summary(counts: dict, out: Path, report: bool, level: str) -> str:
     ]
     if counts["rows_at_limit"]:
         lines.append(f"{counts['rows_at_limit']:,} images are near 64 others or more: compared with the first 64 only.")
-    if counts.get("copy_search", {}).get("series"):
-        lines.append("These images resemble each other throughout (a series): only what agrees everywhere is a copy.")
+    if series := counts.get("copy_search", {}).get("series"):
+        lines.append(f"{series:,} images resemble many others (a series): only what agrees everywhere is a copy there.")
     if report:
         lines.append(f"Report:    {out / 'report' / 'index.html'}")
     return "\n".join(lines)

@@ -29,8 +29,8 @@ from dedup.manifest import ORIENTATIONS, Schema
 from dedup.reader import ROWS, Reader
 
 ALL_PAIRS = 64  # pictures of which all pairs are candidates: too few to learn a vocabulary from
-CHANCE_PICTURES, CHANCE_PAIRS = 300, 2_000  # taken at random, to know how much unrelated pictures have in common
-CHANCE_FEWEST = 200  # pairs
+CHANCE_PICTURES, CHANCE_PAIRS = 300, 300  # of a cell, taken at random, to know what unrelated pictures have in common
+CHANCE_FEWEST = 100  # pairs; smaller cells are as all of them together
 SERIES = 0.1  # share of them with a few features in common: photographs 0.013, emoji 0.06, solar cells 0.16
 MIN_SIDE = 32  # pixels: smaller pictures hold too little to tell a copy from a look-alike
 PICTURE = 256  # JPEGs may be decoded at reduced scale down to this side before they are laid over each other
@@ -62,7 +62,7 @@ class CopySearch:
     compared: pl.DataFrame | None = None
     random: pl.DataFrame | None = None  # pairs a, b of representatives, with their score
     near: pl.DataFrame | None = None  # CANDIDATEs of the search
-    series: bool = False  # see `_is_series`
+    strict: np.ndarray | None = None  # bool (rows,): see `_find_series`
     counts: dict[str, Any] = field(default_factory=dict)  # for run.json
 
     def find(self, pairs: pl.DataFrame, decisions: pl.DataFrame, rank: pl.Series) -> pl.DataFrame:
@@ -89,8 +89,9 @@ class CopySearch:
     def confirm(self, pairs: pl.DataFrame) -> pl.DataFrame:
         """The pairs with what a look at their pictures says: class (null: nothing), score, overlap."""
         location = self.rows.select(look.LOCATION).rows()
+        strict = np.zeros(len(location), bool) if self.strict is None else self.strict
         columns = pairs.select("a", "b", "orientation", "inliers", "transform").iter_rows()
-        items = [(location[a], location[b], *match, self.series) for a, b, *match in columns]
+        items = [(location[a], location[b], *match, bool(strict[[a, b]].any())) for a, b, *match in columns]
         judged = pl.DataFrame(self.reader.run(judge_pairs, items), schema=VERDICT, orient="row")
         return pairs.with_columns(judged.get_columns())
 
@@ -108,7 +109,9 @@ class CopySearch:
         ids = chosen["id"].to_numpy()
         vectors.write_embeddings(self.out, meta, ids, upright, views.background)
         self.random = _by_id(candidates.score_random(views), ids)
-        self.series = self._is_series(ids)
+        crowded = pl.DataFrame({"cluster_id": ids, "strict": self._find_series(ids, upright)})
+        of_row = decisions.select("cluster_id").join(crowded, on="cluster_id", how="left", maintain_order="left")
+        self.strict = of_row["strict"].fill_null(False).to_numpy()
         chosen_floor = candidates.choose_floor(self.random["score"].to_numpy(), len(ids), self.max_false_pairs)
         floor, recall = candidates.MIN_SCORE, 1.0
         if chosen_floor is not None:
@@ -121,7 +124,7 @@ class CopySearch:
             near, recall = candidates.find_near(views, floor, self.reader.workers.jobs)
         self.near = manifest.conform(_by_id(near, ids), CANDIDATE)
         self.counts |= {"encoder": self.encoder, "pictures": len(ids), "floor": floor, "recall": recall}
-        self.counts |= {"candidates": len(near), "series": self.series}
+        self.counts |= {"candidates": len(near)}
         return self.near
 
     def describe(self, pairs: pl.DataFrame) -> dict[str, Any]:
@@ -154,22 +157,31 @@ class CopySearch:
         )
         return meta, np.concatenate([np.load(path) for path in paths]), None
 
-    def _is_series(self, ids: np.ndarray) -> bool:
-        """Whether pictures taken at random share more features than chance has it: one object, frame or style in all.
+    def _find_series(self, ids: np.ndarray, upright: np.ndarray) -> np.ndarray:
+        """Bool of every picture: do those around it share more features than chance has it?
 
-        What tells them apart is then little and local, so copies must agree everywhere. Pairs that share many features
-        may be copies and are not counted.
+        One object, frame or style in all of them: what tells them apart is then little and local, so copies must agree
+        everywhere. Asked of random pairs among the pictures of each cell of similar ones, because a dataset may hold
+        photographs and a product series. Pairs that share many features may be copies and are not counted.
         """
-        from dedup import threshold
+        from dedup import neighbours, threshold
 
-        chosen = np.random.default_rng(0).permutation(ids)[:CHANCE_PICTURES]
-        i, j = threshold.sample_pairs(len(chosen), CHANCE_PAIRS)
-        a, b = np.minimum(chosen[i], chosen[j]), np.maximum(chosen[i], chosen[j])
-        pairs = pl.DataFrame({"a": a, "b": b}).with_columns(mirrored=pl.lit(None, pl.Boolean))
-        inliers = self._match(pairs)["inliers"]
-        chance = int(inliers.is_between(geometry.MIN_INLIERS, geometry.MIN_EVIDENCE - 1).sum()) / max(1, len(pairs))
-        self.counts |= {"chance_pairs": len(pairs), "chance": round(chance, 4)}
-        return len(pairs) >= CHANCE_FEWEST and chance > SERIES
+        cell = neighbours.find_cells(upright, jobs=self.reader.workers.jobs)
+        pairs = []
+        for number in range(cell.max() + 1):
+            members = np.random.default_rng(0).permutation(ids[cell == number])[:CHANCE_PICTURES]
+            i, j = threshold.sample_pairs(len(members), CHANCE_PAIRS)
+            a, b = np.minimum(members[i], members[j]), np.maximum(members[i], members[j])
+            pairs.append(pl.DataFrame({"a": a, "b": b, "cell": number}, schema_overrides={"cell": pl.Int64}))
+        chosen = pl.concat(pairs).with_columns(mirrored=pl.lit(None, pl.Boolean))
+        inliers = self._match(chosen)["inliers"]
+        few = chosen.with_columns(inliers=inliers).filter(pl.col("inliers") < geometry.MIN_EVIDENCE)
+        weak = (pl.col("inliers") >= geometry.MIN_INLIERS).mean()
+        share = float(few.select(weak).item() or 0)
+        of_cell = few.group_by("cell").agg(share=pl.when(pl.len() >= CHANCE_FEWEST).then(weak).otherwise(share))
+        crowded = np.isin(cell, of_cell.filter(pl.col("share") > SERIES)["cell"]) & (len(few) >= CHANCE_FEWEST)
+        self.counts |= {"chance_pairs": len(chosen), "chance": round(share, 4), "series": int(crowded.sum())}
+        return crowded
 
     def _encode_locally(self, chosen: pl.DataFrame) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
         """Vectors of the pictures and of their mirror images, float16 (n, d) each."""

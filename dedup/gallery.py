@@ -194,6 +194,15 @@ def _describe(members: pl.DataFrame, best: pl.DataFrame, rows: pl.DataFrame, ord
     ).select(*FIELDS, "id", "other", "source", "offset", "kind", "group", "order")
 
 
+def with_examples(listed: pl.DataFrame, rows: pl.DataFrame, examples: list[dict[str, Any]]) -> pl.DataFrame:
+    """`listed`, and before it the pictures of example pairs (ids `a`, `b`) that the page shows apart: `number` null."""
+    ids = sorted({example[end] for example in examples for end in ("a", "b")})
+    thumb = pl.col("sha256").str.head(LARGE_NAME)
+    pictures = rows.filter(pl.col("id").is_in(ids))
+    pictures = pictures.select("id", "key", "caption", "shard", "offset", "size", thumb=thumb)
+    return pl.concat([pictures, listed], how="diagonal")
+
+
 def write_groups(src: Path, folder: Path, members: pl.DataFrame, listed: pl.DataFrame) -> dict[str, Any]:
     """Write the groups in chunks, and the index that the page filters by; returns the index.
 

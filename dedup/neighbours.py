@@ -135,6 +135,13 @@ def measure_background(
     return (WEIGHT * (keys >> 32).mean(axis=1) / UNIT).astype(np.float32)
 
 
+def find_cells(vectors: np.ndarray, *, jobs: int = 1, seed: int = 0) -> np.ndarray:
+    """Cells of similar rows, CELL_ROWS on average: the number of the cell of each row, int64 (n,), from 0 on."""
+    rounded = products.quantise(vectors)
+    centres = _choose_centres(rounded, jobs, seed)
+    return products.unpack(products.search(rounded, centres, 1, -1.0, jobs))[:, 0]
+
+
 def score_pairs(
     left: np.ndarray,
     i: np.ndarray,

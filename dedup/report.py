@@ -6,6 +6,7 @@ are untrusted: Jinja2 escapes them here, report.js only ever makes text nodes of
 page runs no other script.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import jinja2
 import numpy as np
 import polars as pl
 
-from dedup import gallery, manifest, policy
+from dedup import gallery, manifest, policy, threshold
 from dedup.gallery import ALIKE, DUPLICATES, SCENE, TURNED
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -25,6 +26,10 @@ MOSTLY = 0.5  # a source that loses more than this raises an alarm
 SIZES = ((2, 2), (3, 4), (5, 9), (10, 19), (20, 49), (50, 99), (100, None))
 HAMMING_STEP, HAMMING_BARS = 2, 16  # a PDQ hash has as many ones as zeros, so distances are nearly always even
 RESIDUAL_STEP, RESIDUAL_BARS = 0.01, 20
+LABELS = 6  # intervals between the labels of an axis, at most
+SPOKEN = 5  # every so many points of a curve are read out
+HIGHEST = 1.0  # no score is higher: a cosine, less what unrelated pictures have in common
+SEARCH = {"encoder", "pictures", "floor", "candidates", "recall", "accepted", "null", "examples"}  # what is told of it
 UNSEEN = (
     "phash",
     "dhash",
@@ -49,14 +54,17 @@ def write_report(out: Path, *, jobs: int = 0, thumbnails: int = THUMBNAILS) -> P
     report = out / "report"
     members = gallery.group_rows(rows, pairs)
     listed = members.filter(pl.col("place") < gallery.MEMBERS)
+    search = run["counts"].get("copy_search", {})
+    wanted = gallery.with_examples(listed, rows, search.get("examples", []))
     src = Path(run["src"])
-    listed, made = gallery.write_thumbnails(src, report / "thumbs", listed, limit=thumbnails, jobs=jobs)
-    index = gallery.write_groups(src, report / "data", members, listed)
+    shown, made = gallery.write_thumbnails(src, report / "thumbs", wanted, limit=thumbnails, jobs=jobs)
+    index = gallery.write_groups(src, report / "data", members, shown.filter(pl.col("number").is_not_null()))
     manifest.write_text(report / "report.js", (TEMPLATES / "report.js").read_text(encoding="utf-8"))
     page = environment().get_template("dedup.html")
     text = page.render(
         **{name: run[name] for name in ("src", "counts", "options", "versions")},
         **_summarise(rows, pairs, members),
+        search=describe_search(search, shown.filter(pl.col("number").is_null())),
         credit=read_credit(src),
         kinds=_count_kinds(index["kind"]),
         thumbnails=made | {"limit": thumbnails},
@@ -73,6 +81,7 @@ def environment(*folders: Path) -> jinja2.Environment:
     strict = jinja2.StrictUndefined
     env = jinja2.Environment(loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
     env.filters |= {"number": format_number, "percent": format_percent, "bytes": format_bytes}
+    env.filters |= {"estimate": format_estimate, "score": format_score}
     return env
 
 
@@ -100,6 +109,17 @@ def format_bytes(size: float) -> str:
             break
         size, unit = size / 1000, larger
     return f"{size:.0f}\u00a0{unit}" if unit == "bytes" or size >= 100 else f"{size:.1f}\u00a0{unit}"
+
+
+def format_estimate(value: float) -> str:
+    """12345.6 → "12,000", 0.0312 → "0.031": what is estimated has two digits."""
+    rounded = float(f"{value:.2g}")
+    return f"{rounded:,.0f}" if rounded >= 10 else f"{rounded:g}"
+
+
+def format_score(value: float, digits: int = 2) -> str:
+    """-0.123 → "−0.12"."""
+    return f"{value:.{digits}f}".replace("-", "−")
 
 
 def _summarise(rows: pl.DataFrame, pairs: pl.DataFrame, members: pl.DataFrame) -> dict[str, Any]:
@@ -172,3 +192,56 @@ def _count_kinds(kinds: list[int]) -> list[tuple[int, str, int]]:
     labels = {DUPLICATES: "Copies removed", TURNED: "Mirrored or turned, kept"}
     labels |= {SCENE: "Same scene, kept", ALIKE: "Look-alikes, kept", DUPLICATES | TURNED | ALIKE | SCENE: "All"}
     return [(bits, label, sum(1 for kind in kinds if kind & bits)) for bits, label in labels.items()]
+
+
+def describe_search(search: dict[str, Any], pictures: pl.DataFrame) -> dict[str, Any] | None:
+    """`search` with a curve to draw (None: no null model) and with the pictures of its example pairs.
+
+    search: counts["copy_search"] of the run. pictures: the rows of the examples, with their thumbnails. None when
+    nothing was searched, or by a version that recorded less.
+    """
+    if not (search.keys() >= SEARCH and search["null"]):
+        return None
+    null = search["null"]
+    picture = {row["id"]: row for row in pictures.select("id", "key", "caption", "thumb").iter_rows(named=True)}
+    examples = [example | {end: picture[example[end]] for end in ("a", "b")} for example in search["examples"]]
+    curve = None if "error" in null else _draw_curve(null, search["floor"])
+    return search | {"examples": examples, "curve": curve, "level": threshold.LEVEL}
+
+
+def _draw_curve(null: dict[str, Any], floor: float) -> dict[str, Any]:
+    """Expected unrelated pairs by score, as positions (x, y) in a frame from 0 to 1; y counts powers of ten."""
+    curve = [point for point in null["curve"] if point["threshold"] <= HIGHEST]
+    at_floor = (floor, null["expected_at_floor"])
+    scores = [floor, *(point["threshold"] for point in curve)]
+    counts = [at_floor[1], *(point[end] for point in curve for end in ("low", "high"))]
+    left, width = min(scores), max(scores) - min(scores) or 1.0
+    bottom, top = math.floor(math.log10(min(counts))), math.ceil(math.log10(max(counts)))
+    height = max(1, top - bottom)
+
+    def place(score: float, count: float) -> tuple[float, float]:
+        return (score - left) / width, (math.log10(count) - bottom) / height
+
+    line = sorted([at_floor, *((point["threshold"], point["expected"]) for point in curve)])
+    low, high = ([place(point["threshold"], point[end]) for point in curve] for end in ("low", "high"))
+    step = next(s for s in (m * 10.0**e for e in range(-6, 9) for m in (1, 2, 5)) if width <= LABELS * s)
+    digits = max(0, -math.floor(math.log10(step)))
+    ticks = np.arange(math.ceil(left / step - 1e-9), (left + width) / step + 1e-9) * step
+    powers = [power for power in range(bottom, top + 1) if power % math.ceil(height / LABELS) == 0]
+    return {
+        "line": [place(*point) for point in line],
+        "band": low + high[::-1],
+        "mark": place(*at_floor),
+        "limit": place(left, null["fewest"])[1] if null["strictest"] <= HIGHEST else None,
+        "x_ticks": [((tick - left) / width, format_score(tick, digits)) for tick in ticks.tolist()],
+        "y_ticks": [((power - bottom) / height, _label_power(power)) for power in powers],
+        "spoken": curve[::SPOKEN],
+        "last": curve[-1],
+    }
+
+
+def _label_power(power: int) -> str:
+    """3 → "1,000", 7 → "10⁷"."""
+    if abs(power) > 3:
+        return "10" + str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return format_number(10**power)

@@ -3,7 +3,8 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from test_dedup_features import photograph
 from test_dedup_geometry import EDITS, add_caption_bar, add_shop_frame, draw_circles
 
-from dedup import clustering, copies, embedding, features, geometry, hashing, manifest, policy, vectors
+from dedup import clustering, copies, embedding, features, geometry, hashing, manifest, neighbours, policy, vectors
 from dedup.fingerprint import DecodeOptions
 from dedup.pipeline import Options, OptionsError, deduplicate
 
@@ -179,6 +180,30 @@ def test_what_is_counted(web: Run) -> None:
     assert counted["candidates"] > 100
     assert counted["pictures"] <= len(web.rows) == 12 * 7 + 12 + 4 + 3 + 3
     assert web.counts["dropped"] == sum(row["kept_id"] is not None for row in web.rows.values())
+
+
+def test_a_series_among_other_pictures_is_told_from_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the pictures are of one kind, and a third of its pairs have a few features in common."""
+    monkeypatch.setattr(neighbours, "CELL_ROWS", 100)
+    rng = np.random.default_rng(0)
+    ids = np.arange(400) * 2
+    series = np.arange(400) % 2 == 0
+    upright = np.where(series[:, None], np.eye(16)[0], np.eye(16)[1]) + 0.1 * rng.normal(size=(400, 16))
+    upright = (upright / np.linalg.norm(upright, axis=1, keepdims=True)).astype(np.float16)
+    reader: Any = SimpleNamespace(workers=SimpleNamespace(jobs=1))
+
+    def find(in_common: int) -> tuple[np.ndarray, dict]:
+        search = copies.CopySearch(pl.DataFrame(), reader, Path(), "local", (None, None), None)
+        inliers = pl.when((pl.col("a") % 4 == 0) & (pl.col("b") % 3 == 0)).then(in_common).otherwise(0)
+        monkeypatch.setattr(search, "_match", lambda pairs: pairs.select(inliers=inliers))
+        return search._find_series(ids, upright), search.counts
+
+    crowded, counts = find(geometry.MIN_INLIERS)
+    assert np.array_equal(crowded, series)
+    assert counts["series"] == 200
+    assert counts["chance"] < 0.3
+    assert not find(geometry.MIN_INLIERS - 1)[0].any()
+    assert not find(geometry.MIN_EVIDENCE)[0].any()  # they may be copies
 
 
 # Small webs

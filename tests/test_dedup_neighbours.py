@@ -269,3 +269,14 @@ def test_background_is_that_of_the_nearest_unrelated_rows() -> None:
     assert np.array_equal(neighbours.measure_background(vectors[:5]), np.zeros(5))
     sampled = neighbours.measure_background(vectors[:50], vectors, jobs=2)
     assert np.allclose(sampled, expected[:50], atol=1e-6)
+
+
+def test_cells_hold_what_is_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "CELL_ROWS", 100)
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, 4, 400)
+    vectors = np.eye(4, 24)[kind] + 0.05 * rng.normal(size=(400, 24))
+    cell = neighbours.find_cells((vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32), jobs=2)
+    assert len(cell) == 400
+    assert all(len(np.unique(kind[cell == number])) == 1 for number in range(cell.max() + 1))
+    assert np.array_equal(neighbours.find_cells(random_vectors(50, 8, 0)), np.zeros(50))
