@@ -1,6 +1,6 @@
-"""How many different pictures `unmemorize dedup` deletes: every row that it drops by hash, judged by a person.
+"""How many different pictures `unmemorize dedup` deletes: every row that it drops on evidence, judged by a person.
 
-    python benchmarks/lost_unique.py NAME=DIR... [--openmoji 128] [--jpeg 90] [--judged lost_unique_judged.csv]
+    python benchmarks/lost_unique.py NAME=DIR... [--level copy] [--openmoji 128] [--jpeg 90] [--judged CSV]
 
 Each DIR holds images that are distinct but for what its makers copied; they are searched together, every pair. Rows
 with equal bytes or pixels are copies beyond doubt. The others are written to a table with their evidence, to be looked
@@ -30,7 +30,8 @@ from dedup.images import SUFFIXES, ImageError
 from dedup.pipeline import Options, deduplicate
 from eval.stats import clopper_pearson
 
-EVIDENCE = ["dropped", "kept", "hamming", "residual", "worst_tile", "colour", "pattern"]
+MEASURES = ["hamming", "residual", "worst_tile", "inliers", "overlap"]
+EVIDENCE = ["dropped", "kept", "signal", "score", *MEASURES, "colour", "pattern"]
 
 
 def gather(folders: dict[str, Path], into: Path, jpeg: int) -> None:
@@ -59,10 +60,11 @@ def render_openmoji(side: int, folder: Path) -> Path:
 
 
 def list_drops(src: Path, out: Path) -> pl.DataFrame:
-    """Rows dropped by hash, with the evidence of both looks."""
+    """Rows dropped by hash or as edited copies, with the evidence of both looks."""
     rows = manifest.read(out).with_columns(a=pl.min_horizontal("id", "kept_id"), b=pl.max_horizontal("id", "kept_id"))
-    evidence = pl.read_parquet(out / "pairs.parquet").select("a", "b", "hamming", "residual", "worst_tile")
-    drops = rows.filter(reason="hash").select("a", "b", "kept_id", dropped="key").join(evidence, on=["a", "b"])
+    evidence = pl.read_parquet(out / "pairs.parquet").select("a", "b", *MEASURES)
+    drops = rows.filter(pl.col("reason").is_in(["hash", "copy"]))
+    drops = drops.select("a", "b", "kept_id", "signal", "score", dropped="key").join(evidence, on=["a", "b"])
     drops = drops.join(rows.select(kept_id="id", kept="key"), on="kept_id").sort("dropped")
     place = {row["key"]: row for row in rows.select("shard", "offset", "size", "key").iter_rows(named=True)}
 
@@ -85,9 +87,10 @@ def judge(drops: pl.DataFrame, judged: Path) -> pl.DataFrame:
 
 def main(
     folders: Annotated[list[str], typer.Argument(metavar="NAME=DIR...", help="Folders of distinct images.")],
+    level: Annotated[str, typer.Option(help="hash or copy.")] = "hash",
     openmoji: Annotated[int, typer.Option(help="Add the OpenMoji drawings at this size; 0 = no.")] = 0,
     jpeg: Annotated[int, typer.Option(help="Turn all pictures into JPEG of this quality first; 0 = no.")] = 0,
-    output: Annotated[Path, typer.Option("-o", help="Table of what was dropped by hash.")] = Path("drops.csv"),
+    output: Annotated[Path, typer.Option("-o", help="Table of what was dropped.")] = Path("drops.csv"),
     judged: Annotated[Path | None, typer.Option(help="Table of judgements: a, b, verdict.")] = None,
     jobs: int = 1,
 ) -> None:
@@ -100,7 +103,7 @@ def main(
         if openmoji:
             named[f"openmoji-{openmoji}"] = render_openmoji(openmoji, Path(temporary) / "openmoji")
         gather(named, src, jpeg)
-        deduplicate(src, out, Options(), jobs=jobs)
+        deduplicate(src, out, Options(level), jobs=jobs)
         rows = manifest.read(out)
         drops = list_drops(src, out)
     if judged:
@@ -113,7 +116,7 @@ def main(
     certain = pl.col("reason").is_in(["bytes", "pixels"]).fill_null(False)
     distinct = len(rows.filter((pl.col("status") == "ok") & ~certain))
     print(f"{len(rows):,} files, {distinct:,} with pixels of their own, {distinct * (distinct - 1) // 2:,} pairs")
-    print(f"dropped by hash: {len(drops)}, listed in {output}")
+    print(f"dropped by {level}: {len(drops)}, listed in {output}")
     if judged:
         verdicts = dict(drops["verdict"].value_counts().sort("verdict").rows())
         lost, unique = len(drops) - verdicts.get("same", 0), distinct - verdicts.get("same", 0)

@@ -102,6 +102,57 @@ def _summary(counts: dict, out: Path, report: bool, level: str) -> str:
 
 
 @app.command()
+def match(
+    images: Annotated[
+        Path, typer.Argument(metavar="IMAGES", help="A folder, a tar shard, a pattern, or one picture file.")
+    ],
+    against: Annotated[Path, typer.Option(metavar="OUT", help="A finished `unmemorize dedup … --level copy`.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Results; default: IMAGES' name + -matches.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="Columns file (or key) and prompt: what each was drawn for.")
+    ] = None,
+    jobs: JobsOption = 0,
+    report: Annotated[bool, typer.Option(help="Write the HTML report.")] = True,
+    max_false_pairs: Annotated[
+        float, typer.Option(min=0, help="Unrelated pictures that are compared with each, on average.")
+    ] = 3.0,
+    max_bad: Annotated[float, typer.Option(help="Share of unreadable inputs that is tolerated.")] = 0.01,
+    json_: JsonOption = False,
+) -> None:
+    """Find out which training pictures IMAGES are. Example: unmemorize match generations --against photos-dedup"""
+    from dedup.match_files import match_files
+    from dedup.match_report import write_report
+    from dedup.sources import find_root
+
+    resolved = images.resolve()
+    out = out or Path(f"{resolved.stem if resolved.is_file() else find_root(resolved).name}-matches")
+    counts = match_files(images, against, out, prompts=prompts, max_false_pairs=max_false_pairs, jobs=jobs)["counts"]
+    page = write_report(out, jobs=jobs) if report else None
+    typer.echo(json.dumps(counts) if json_ else _summarise_matches(counts, out, page))
+    if counts["unreadable"] > max_bad * counts["pictures"]:
+        raise TooManyBad(
+            f"{counts['unreadable']} of {counts['pictures']} inputs are unreadable, more than --max-bad {max_bad}: "
+            f"see the rows with status in {out}/queries.parquet"
+        )
+
+
+def _summarise_matches(counts: dict, out: Path, page: Path | None) -> str:
+    lines = [
+        f"{counts['pictures']:,} pictures: {counts['copies']:,} copies of {counts['matched']:,} training pictures, "
+        f"{counts['same_scene']:,} same scene, {counts['look_alike']:,} look-alike, {counts['none']:,} none, "
+        f"{counts['unreadable']:,} unreadable.",
+        f"Matches: {out / 'matches.parquet'}, {out / 'matches.csv'}",
+    ]
+    if counts["unknown_prompts"]:
+        lines.append(
+            f"{counts['unknown_prompts']:,} of {counts['prompts']:,} prompts name pictures that are not there."
+        )
+    if page is not None:
+        lines.append(f"Report:  {page}")
+    return "\n".join(lines)
+
+
+@app.command()
 def plant(
     src: SourceArgument,
     out: OutOption,

@@ -62,8 +62,11 @@ class CopySearch:
     compared: pl.DataFrame | None = None
     random: pl.DataFrame | None = None  # pairs a, b of representatives, with their score
     near: pl.DataFrame | None = None  # CANDIDATEs of the search
-    strict: np.ndarray | None = None  # bool (rows,): see `_find_series`
+    strict: np.ndarray = field(init=False)  # bool (rows,): see `_find_series`
     counts: dict[str, Any] = field(default_factory=dict)  # for run.json
+
+    def __post_init__(self) -> None:
+        self.strict = np.zeros(len(self.rows), bool)
 
     def find(self, pairs: pl.DataFrame, decisions: pl.DataFrame, rank: pl.Series) -> pl.DataFrame:
         """New rows of the pairs table (`manifest.PAIRS_SCHEMA`), signal `copy`: their features agree; see `confirm`."""
@@ -75,9 +78,10 @@ class CopySearch:
         for known in (self.compared, pairs.filter(pl.col("class") == "copy")):
             near = near.join(known, on=["a", "b"], how="anti", maintain_order="left")
         self.compared = pl.concat([self.compared, near.select("a", "b")])
-        found = pl.concat([near.select("a", "b", "cosine"), self._match(near)], how="horizontal").filter(
-            pl.col("inliers") >= geometry.MIN_EVIDENCE
-        )
+        strict = pl.Series(self.strict).gather(near["a"]) | pl.Series(self.strict).gather(near["b"])
+        least = pl.when(strict).then(geometry.DRAWING_EVIDENCE).otherwise(geometry.MIN_EVIDENCE)
+        found = pl.concat([near.select("a", "b", "cosine"), self._match(near)], how="horizontal")
+        found = found.filter(pl.col("inliers") >= least)
         found = found.with_columns(**{"class": pl.lit("copy")}, signal=pl.lit("copy"))
         return manifest.conform(found, manifest.PAIRS_SCHEMA)
 
@@ -89,9 +93,8 @@ class CopySearch:
     def confirm(self, pairs: pl.DataFrame) -> pl.DataFrame:
         """The pairs with what a look at their pictures says: class (null: nothing), score, overlap."""
         location = self.rows.select(look.LOCATION).rows()
-        strict = np.zeros(len(location), bool) if self.strict is None else self.strict
         columns = pairs.select("a", "b", "orientation", "inliers", "transform").iter_rows()
-        items = [(location[a], location[b], *match, bool(strict[[a, b]].any())) for a, b, *match in columns]
+        items = [(location[a], location[b], *match, bool(self.strict[[a, b]].any())) for a, b, *match in columns]
         judged = pl.DataFrame(self.reader.run(judge_pairs, items), schema=VERDICT, orient="row")
         return pairs.with_columns(judged.get_columns())
 

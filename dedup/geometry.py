@@ -176,7 +176,8 @@ def classify(found: Match, alignment: Alignment, *, strict: bool = False) -> str
     Drawings (a tenth of the overlap is one even colour, which no camera gives) carry their meaning in few lines and
     colours: both must agree nearly everywhere. Two drawings in the same frame are for `verify.is_same_picture`.
     """
-    enough = alignment.overlap >= MIN_OVERLAP and alignment.places >= MIN_PLACES and found.inliers >= MIN_EVIDENCE
+    wide = alignment.overlap >= (SAME_FRAME if strict else MIN_OVERLAP)  # a pattern that repeats fits itself, moved
+    enough = wide and alignment.places >= MIN_PLACES and found.inliers >= MIN_EVIDENCE
     if strict or alignment.uniform > DRAWING:
         plain = alignment.agreement * (1 - alignment.recoloured)
         sure = found.inliers >= DRAWING_EVIDENCE and min(plain, alignment.score) >= DRAWING_SCORE
