@@ -1,6 +1,6 @@
 """Recall and precision of copy detection against peers: light edits, hard ones, natural duplicates, look-alikes.
 
-    python benchmarks/copy_detection.py --photos DIR --work DIR [--sets hard,unseen] [--files 20000]
+    python benchmarks/copy_detection.py --photos DIR --work DIR [--sets hard,unseen]
     python benchmarks/copy_detection.py --work DIR --natural DIR --distinct DIR
 
 photos-T is made by dedup_speed.py, the others by hard_edits.py. A pair is found when both are in one group of the
@@ -90,12 +90,12 @@ def make_environment(folder: Path, package: str) -> Path:
     return python.parent
 
 
-def run(command: Command, folder: Path, out: Path) -> tuple[float, Found]:
-    """Wall seconds and what was found."""
+def run(command: Command, folder: Path, out: Path) -> tuple[float, float, Found]:
+    """Wall seconds, peak MB, and what was found."""
     subprocess.run(["rm", "-rf", str(out)], check=True)
     out.mkdir(parents=True)
-    seconds, _, text = dedup_speed.measure(command(folder, out))
-    return seconds, read_ours(out) if (out / "manifest").exists() else read_groups(text, folder)
+    seconds, memory, text = dedup_speed.measure(command(folder, out))
+    return seconds, memory, read_ours(out) if (out / "manifest").exists() else read_groups(text, folder)
 
 
 def read_ours(out: Path) -> Found:
@@ -234,7 +234,7 @@ def print_set(name: str, tools: dict[str, Command], folder: Path, work: Path, ru
     for _ in range(runs):
         for tool, command in tools.items():
             if not seconds[tool] or seconds[tool][0] < SLOW:
-                passed, last[tool] = run(command, folder, work / "out")
+                passed, _, last[tool] = run(command, folder, work / "out")
                 seconds[tool].append(passed)
                 print(f"{tool}: {passed:.1f} s", file=sys.stderr, flush=True)
     print_header("tool", "seconds", "pairs", "precision", "recall", "in star: precision", "recall", "false edges")
@@ -257,23 +257,6 @@ def print_set(name: str, tools: dict[str, Command], folder: Path, work: Path, ru
             print_row(edit, *[f"{row['base']:.0%}, {row['any']:.0%}" for row in at])
 
 
-def print_scale(tools: dict[str, Command], folder: Path, files: int, work: Path, runs: int) -> None:
-    """Wall seconds where three of ten files are light copies, and how many files each tool would drop."""
-    copies = int((np.random.default_rng(0).random(files) < 0.3).sum())  # as make_set draws them
-    print(f"\n{files} files, of which {copies} are copies; medians of {runs}\n")
-    print_header("tool", "seconds", "all runs", "dropped")
-    seconds: dict[str, list[float]] = {tool: [] for tool in tools}
-    dropped: dict[str, int] = {}
-    for _ in range(runs):
-        for tool, command in tools.items():
-            if not seconds[tool] or seconds[tool][0] < SLOW:
-                passed, found = run(command, folder, work / "out")
-                seconds[tool].append(passed)
-                dropped[tool] = len(found.rows.filter(~pl.col("keep")))
-    for tool, each in seconds.items():
-        print_row(tool, f"{statistics.median(each):.1f}", " ".join(f"{s:.1f}" for s in each), dropped[tool])
-
-
 def print_natural(tools: dict[str, Command], folder: Path, work: Path) -> None:
     """Per tool one row a kind: what becomes of the pairs of a group, and which rows go.
 
@@ -281,7 +264,7 @@ def print_natural(tools: dict[str, Command], folder: Path, work: Path) -> None:
     """
     truth = pl.read_csv(folder / "groups.tsv", separator="\t", quote_char=None).select("group", "kind", "file")
     for tool, command in tools.items():
-        passed, found = run(command, folder / "images", work / "out")
+        passed, _, found = run(command, folder / "images", work / "out")
         wrong = false_edges(found, truth)
         list_pairs(wrong, work / "false" / f"natural {tool}.csv")
         print(f"\nNatural duplicates, {tool}: {passed:.1f} s, {len(wrong)} accepted pairs between groups\n")
@@ -308,7 +291,7 @@ def print_distinct(tools: dict[str, Command], folders: list[Path], work: Path) -
     print_header("folder, tool", "seconds", "files", "dropped", "copy pairs", "same scene", "look-alike")
     for folder in folders:
         for tool, command in tools.items():
-            passed, found = run(command, folder, work / "out")
+            passed, _, found = run(command, folder, work / "out")
             counts = [(found.pairs["class"] == name).sum() for name in ("copy", "same-scene", "look-alike")]
             list_pairs(found.pairs.filter(pl.col("class") == "copy"), work / "false" / f"{folder.name} {tool}.csv")
             dropped = (~found.rows["keep"]).sum()
@@ -319,7 +302,6 @@ def main(
     work: Annotated[Path, typer.Option(help="Sets, environments and results are made here.")],
     photos: Annotated[Path | None, typer.Option(help="Photographs; without them no set is made or scored.")] = None,
     sets: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(SETS),
-    files: Annotated[int, typer.Option(help="Also time a set of so many files, 30 % of them copies.")] = 0,
     natural: Annotated[Path | None, typer.Option(help="Folder with groups.tsv and images/.")] = None,
     distinct: Annotated[list[Path] | None, typer.Option(help="Folder of distinct images; may be repeated.")] = None,
     runs: Annotated[int, typer.Option(help="Times that each tool runs on a set; 0 only makes sets.")] = 3,
@@ -336,9 +318,6 @@ def main(
             make_set(name, photos, work / SETS[name])
             if runs:
                 print_set(name, tools, work / SETS[name], work, runs)
-        if files and runs:
-            folder = dedup_speed.make_set(photos, work / f"set-{files}-0.3", files, 0.3, 1)
-            print_scale(tools, folder, files, work, runs)
     if natural:
         print_natural(tools, natural, work)
     if distinct:

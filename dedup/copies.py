@@ -16,6 +16,7 @@ import polars as pl
 from dedup import (
     clustering,
     embedding,
+    engine,
     features,
     geometry,
     look,
@@ -64,6 +65,7 @@ class CopySearch:
     near: pl.DataFrame | None = None  # CANDIDATEs of the search
     strict: np.ndarray = field(init=False)  # bool (rows,): see `_find_series`
     counts: dict[str, Any] = field(default_factory=dict)  # for run.json
+    seconds: dict[str, float] = field(default_factory=dict)  # by part of the work
 
     def __post_init__(self) -> None:
         self.strict = np.zeros(len(self.rows), bool)
@@ -88,14 +90,16 @@ class CopySearch:
     def _match(self, candidates: pl.DataFrame) -> pl.DataFrame:
         places = self._places(candidates)
         items = [(*places[a], *places[b], hint) for a, b, hint in candidates.select("a", "b", "mirrored").iter_rows()]
-        return pl.DataFrame(self.reader.run(match_pairs, items), schema=MATCH, orient="row")
+        with engine.timed(self.seconds, "match"):
+            return pl.DataFrame(self.reader.run(match_pairs, items), schema=MATCH, orient="row")
 
     def confirm(self, pairs: pl.DataFrame) -> pl.DataFrame:
         """The pairs with what a look at their pictures says: class (null: nothing), score, overlap."""
         location = self.rows.select(look.LOCATION).rows()
         columns = pairs.select("a", "b", "orientation", "inliers", "transform").iter_rows()
         items = [(location[a], location[b], *match, bool(self.strict[[a, b]].any())) for a, b, *match in columns]
-        judged = pl.DataFrame(self.reader.run(judge_pairs, items), schema=VERDICT, orient="row")
+        with engine.timed(self.seconds, "lay over"):
+            judged = pl.DataFrame(self.reader.run(judge_pairs, items), schema=VERDICT, orient="row")
         return pairs.with_columns(judged.get_columns())
 
     def _search(self, decisions: pl.DataFrame) -> pl.DataFrame:
@@ -107,8 +111,11 @@ class CopySearch:
             return pl.DataFrame(schema=CANDIDATE)
         from dedup import candidates
 
-        meta, upright, mirrored = self._embed(chosen)
-        views = candidates.see(upright, mirrored, self.reader.workers.jobs)
+        with engine.timed(self.seconds, "embed"):
+            meta, upright, mirrored = self._embed(chosen)
+        jobs = self.reader.workers.jobs
+        with engine.timed(self.seconds, "nearest"):
+            views = candidates.see(upright, mirrored, jobs)
         ids = chosen["id"].to_numpy()
         vectors.write_embeddings(self.out, meta, ids, upright, views.background)
         self.random = _by_id(candidates.score_random(views), ids)
@@ -124,7 +131,8 @@ class CopySearch:
             near = pl.DataFrame(dict(zip("ij", np.triu_indices(len(ids), 1), strict=True)))
             near = near.with_columns(cosine=None, score=None, mirrored=None)
         else:
-            near, recall = candidates.find_near(views, floor, self.reader.workers.jobs)
+            with engine.timed(self.seconds, "nearest"):
+                near, recall = candidates.find_near(views, floor, jobs)
         self.near = manifest.conform(_by_id(near, ids), CANDIDATE)
         self.counts |= {"encoder": self.encoder, "pictures": len(ids), "floor": floor, "recall": recall}
         self.counts |= {"candidates": len(near)}

@@ -7,7 +7,6 @@ shards that are new or have changed, and decides again; an OUT that was made wit
 import fcntl
 import shutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -76,21 +75,21 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
     with lock(out), engine.Workers(jobs) as workers:
         seconds: dict[str, float] = {}
         decode = fingerprint.DecodeOptions(options.max_pixels, options.max_frames, options.hash_decode)
-        with _timed(seconds, "fingerprint"):
+        with engine.timed(seconds, "fingerprint"):
             work = _prepare(out, src, shards, options)
             rows = _fingerprint(shards, work / "signatures", decode, workers)
         if rows.is_empty():
             raise sources.SourceError(f"{src}: its shards hold no samples")
         rows = rows.with_columns(rank=policy.keeper_rank(rows))
-        with _timed(seconds, "search"):
+        with engine.timed(seconds, "search"):
             candidates = find_candidates(rows, options, workers.jobs)
         reader = Reader(src, work, decode, workers)
-        with _timed(seconds, "verify"):
+        with engine.timed(seconds, "verify"):
             rows, pairs = judge.accept_pairs(rows, candidates, reader, flat=options.level != "exact")
         weights = options.weights, options.weights_sha256
         search_copies = copies.CopySearch(rows, reader, out, options.encoder, weights, options.max_false_pairs)
         copy_search = search_copies if options.level == "copy" else None
-        with _timed(seconds, "decide"):
+        with engine.timed(seconds, "decide"):
             keep = {"flips": options.flips, "rotations": options.rotations}
             pairs, decisions, held = judge.settle(rows, pairs, reader, search=copy_search, **keep)
             table = decide(rows.with_columns(effective_pixels=held), pairs, decisions)
@@ -98,11 +97,12 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
             pairs = pairs.sort("a", "b", pl.col("class") != "copy", maintain_order=True).unique(
                 ["a", "b"], keep="first", maintain_order=True
             )
-        with _timed(seconds, "write"):
+        with engine.timed(seconds, "write"):
             counts = count(table, pairs) | {"rows_at_limit": count_at_limit(candidates)}
             if copy_search is not None:
                 counts["copy_search"] = copy_search.describe(pairs)
             run = write_outputs(out, src, shards, table, pairs, options, counts)
+        seconds |= search_copies.seconds  # parts of "decide"
         manifest.write_json(out / "timings.json", {k: round(v, 3) for k, v in seconds.items()})
     return run
 
@@ -129,13 +129,6 @@ def lock(out: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise OutputError(f"{out} is in use by another run: wait for it or choose another -o") from error
         yield
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - start
 
 
 def _prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options) -> Path:
