@@ -165,7 +165,7 @@ def _find_bytes(cells: "pa.Array", whole: "pa.Buffer", path: Path) -> list[int]:
 
     binary = cells.field("bytes") if pat.is_struct(cells.type) else cells
     _, offsets, data = binary.buffers()
-    if data is None:  # no row has bytes
+    if data is None or not data.size:  # no row has bytes
         return [0] * len(cells)
     start = data.address - whole.address
     if not 0 <= start <= whole.size or pat.is_binary_view(binary.type):

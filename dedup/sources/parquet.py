@@ -114,7 +114,7 @@ def read_shard(shard: Shard) -> Iterator[Record]:
 
     path = find_file(Path(shard.root), str(shard.name))
     layout, (first, stop, row) = shard.layout, shard.part
-    damage = None
+    damage: list[str] = []
     with closing(_open(path)) as file:
         schema = file.schema_arrow
         more = [name for name in ("status", "error_message") if "key" in schema.names and name in schema.names]
@@ -131,10 +131,9 @@ def read_shard(shard: Shard) -> Iterator[Record]:
                         yield columns.make_record(shard, file_name, number, number, cell, values)
                         number += 1
             except (OSError, ArrowException) as error:
-                rows = f"rows {number} to {row - 1} cannot be read"
-                damage = damage or f"{path}: {rows} ({str(error).partition('\n')[0]})"
+                damage.append(f"rows {number} to {row - 1} ({str(error).partition('\n')[0]})")
     if damage:
-        raise SourceError(damage)
+        raise SourceError(f"{path}: cannot be read: {', '.join(damage)}")
 
 
 def _read_batches(file: "pq.ParquetFile", group: int, names: list[str], image: str) -> Iterator["pa.RecordBatch"]:
