@@ -216,6 +216,16 @@ def test_a_table_that_cannot_be_read_is_one_line_before_anything_starts(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["gone.csv", "gone.parquet", "{0..9}.parquet", "folder.csv/gone.jsonl"])
+def test_a_table_that_is_not_there(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(SourceError, match=r"no such file$") as caught:
+        sources.list_shards(tmp_path / name)
+    assert str(caught.value).startswith(f"{tmp_path / name}: ")
+    (tmp_path / "folder.csv" / "a.png").write_bytes(picture(0))
+    assert [record.key for record in read_all(tmp_path / "folder.csv")] == ["a.png"]
+
+
 def test_a_quotation_mark_that_is_never_closed_is_not_read_to_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

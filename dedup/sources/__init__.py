@@ -135,7 +135,7 @@ def detect(src: Path, layout: Layout) -> str | None:
         return "huggingface"
     if src.is_file() and parquet.is_parquet(src.name):
         return "parquet" if parquet.holds_images(src, layout) else "table"
-    return "table" if src.suffix.lower() in table.READERS else None
+    return "table" if src.suffix.lower() in table.READERS and not src.is_dir() else None
 
 
 def _list_files_and_tars(src: Path, kind: str | None) -> list[Shard]:

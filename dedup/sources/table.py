@@ -44,6 +44,8 @@ def list_shards(src: Path, layout: Layout) -> list[Shard]:
         raise SourceError(f"--root {root}: no such folder")
     from pyarrow import ArrowException
 
+    if not src.exists():
+        raise SourceError(f"{src}: no such file")
     try:
         open_regular(src).close()
         names, read = READERS[src.suffix.lower()](src)
