@@ -184,6 +184,27 @@ def test_what_load_dataset_loads(tmp_path: Path, cache: Path) -> None:
     assert only["counts"]["rows"] == 2
 
 
+def test_names_on_the_hub(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`hf://org/name/config` asks for these; its images lie in the cache, embedded or beside, and nowhere else."""
+    asked = []
+    real = datasets.load_dataset_builder
+
+    def stand_in(name: str, config: str | None) -> datasets.DatasetBuilder:
+        asked.append((name, config))
+        return real(str(tmp_path / folder))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", stand_in)
+    folder = make_folder(cache / "hub" / "snapshot").relative_to(tmp_path)
+    run = deduplicate(Path("hf://org/name/large"), tmp_path / "out", Options(layout=Layout(split="train")), jobs=1)
+    assert asked == [("org/name", "large")]
+    assert run["counts"]["status"] == {"ok": 3}
+    check_bytes(run, tmp_path / "out", [picture(n) for n in range(3)])
+    folder = make_folder(tmp_path / "elsewhere").relative_to(tmp_path)
+    run = deduplicate(Path("hf://org/other"), tmp_path / "out2", Options(), jobs=1)
+    assert asked[1:] == [("org/other", None)]
+    assert run["counts"]["status"] == {"unsupported": 5}
+
+
 def test_paths_out_of_the_dataset_are_refused(tmp_path: Path) -> None:
     """A downloaded dataset must not reach for files of this machine."""
     (tmp_path / "private.png").write_bytes(picture(1))
