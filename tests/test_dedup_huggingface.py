@@ -6,12 +6,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -306,3 +309,28 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     deduplicate(tmp_path / "saved", tmp_path / "one", Options(level="hash"), jobs=1)
     name = Path("manifest") / "00000.parquet"
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "saved-dedup" / name).read_bytes()
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255), st.booleans()), min_size=1, max_size=8))
+def test_any_damage_is_a_row_or_one_line(tmp_path: Path, changes: list[tuple[float, int, bool]]) -> None:
+    """Bytes that flip, most of them where the file describes itself: no crash, no other exception."""
+    path = tmp_path / "saved" / "data-00000-of-00001.arrow"
+    if not path.exists():
+        make_dataset([picture(n) for n in range(8)], [f"c{n}" for n in range(8)]).save_to_disk(tmp_path / "saved")
+        path.with_suffix(".good").write_bytes(path.read_bytes())
+    data = bytearray(path.with_suffix(".good").read_bytes())
+    for place, value, near_the_start in changes:
+        size = min(len(data), 1_500)
+        start = 0 if near_the_start else len(data) - size
+        data[start + int(place * (size - 1))] = value
+    path.write_bytes(data)
+    shards: list[sources.Shard] = []
+    with suppress(SourceError):
+        shards = sources.list_shards(path.parent)
+    for shard in shards:
+        with suppress(SourceError):
+            for record in sources.read_shard(shard):
+                if record.data is not None:
+                    again = sources.read_image(path.parent, record.file, record.offset, record.size, record.key)
+                    assert again == record.data

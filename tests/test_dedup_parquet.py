@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +16,8 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -273,6 +276,16 @@ def test_columns_that_do_not_fit(tmp_path: Path) -> None:
     assert [r.caption for r in read_all(path, image_column="left", caption_column="label")] == ["1"]
 
 
+def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+    """Not every writer checks what it calls text."""
+    captions = [
+        pa.Array.from_buffers(pa.string(), 1, pa.array([t], pa.binary()).buffers()) for t in (b"caf\xe9", b"fine")
+    ]
+    table = pa.table({"image": [picture(0), picture(1)], "text": pa.chunked_array(captions)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert [r.caption for r in read_all(tmp_path)] == ["caf\ufffd", "fine"]
+
+
 def test_mixed_schemas(tmp_path: Path) -> None:
     """Captions may stand in other columns, or in none; a file without images is an error that names it."""
     captions: dict[str, dict[str, list]] = {"a": {"text": ["t"]}, "b": {"caption": [3]}, "c": {}}
@@ -329,3 +342,28 @@ def test_the_result_does_not_depend_on_workers_and_the_whole_line_reads_it(tmp_p
     pool, _, counts = read_pool(src, 32, 100)
     assert (counts["images"], counts["identical"], len(pool)) == (40, 10, 30)
     assert {read_again(src, row) for row in pool.iter_rows(named=True)} <= {picture(n) for n in range(30)} | set(again)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255), st.booleans()), min_size=1, max_size=8))
+def test_any_damage_is_a_row_or_one_line(tmp_path: Path, changes: list[tuple[float, int, bool]]) -> None:
+    """Bytes that flip, most of them where the file describes itself: no crash, no other exception."""
+    path = tmp_path / "a.parquet"
+    if not path.exists():
+        write_rows(path, 8, 4, compression="none")
+        path.with_suffix(".good").write_bytes(path.read_bytes())
+    data = bytearray(path.with_suffix(".good").read_bytes())
+    for place, value, near_the_start in changes:
+        size = min(len(data), 1_500)
+        start = 0 if near_the_start else len(data) - size
+        data[start + int(place * (size - 1))] = value
+    path.write_bytes(data)
+    shards: list[sources.Shard] = []
+    with suppress(SourceError):
+        shards = sources.list_shards(path)
+    for shard in shards:
+        with suppress(SourceError):
+            for record in sources.read_shard(shard):
+                if record.data is not None:
+                    again = sources.read_image(path, record.file, record.offset, record.size, record.key)
+                    assert again == record.data

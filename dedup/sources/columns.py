@@ -8,7 +8,7 @@ an object and bytes are no text.
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,13 @@ def require(place: object, names: Sequence[str], layout: Layout) -> None:
 def tell(names: Sequence[str]) -> str:
     """The columns, for a message."""
     return f"the columns {', '.join(names)}" if names else "no columns"
+
+
+def check_names(fields: Iterable["pa.Field"]) -> None:
+    """Raise UnicodeDecodeError where the name of a column, or of a part of one, is no text."""
+    for field in fields:
+        str(field.name)
+        check_names(field.type.field(number) for number in range(field.type.num_fields))
 
 
 def is_images(kind: "pa.DataType") -> bool:
@@ -111,6 +118,20 @@ def read_text(value: Any) -> str | None:
     return json.dumps(value) if isinstance(value, bool) else str(value)
 
 
+def read_scalar(value: "pa.Scalar") -> Any:
+    """As Python has it. What is not UTF-8 in a text becomes U+FFFD: not every writer checks."""
+    import pyarrow as pa
+
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        if isinstance(value, pa.StructScalar):
+            return {name: read_scalar(part) for name, part in value.items()}
+        if isinstance(value, pa.ListScalar):
+            return [read_scalar(part) for part in value]
+        return value.as_buffer().to_pybytes().decode("utf-8", "replace")
+
+
 def find_inside(root: str, text: str) -> str:
     """A path as it is written, relative to `root` or absolute → relative to `root`. Raises ValueError outside of it."""
     if "://" in text:
@@ -172,7 +193,7 @@ def make_record(shard: Shard, file: str, number: int, offset: int, cell: Any, va
     return Record(key, offset, 0, None, caption, problem, file=file)
 
 
-def check_ids(place: object, values: Sequence[Any], start: int, column: str, seen: set[str]) -> None:
+def check_ids(place: object, values: Iterable[Any], start: int, column: str, seen: set[str]) -> None:
     """Raise SourceError unless each names one row. start: number of the first; seen: all before, added to."""
     for number, value in enumerate(values, start):
         key = read_text(value)

@@ -69,7 +69,7 @@ def list_shards(src: Path, layout: Layout) -> list[Shard]:
             sizes: list[int] = []
             for batch in _read_batches(src / name, stream):
                 if layout.id_column:
-                    values = batch.column(layout.id_column).to_pylist()
+                    values = map(columns.read_scalar, batch.column(layout.id_column))
                     columns.check_ids(src / name, values, start + sum(sizes), layout.id_column, seen)
                 sizes.append(len(batch))
             shown = encode_name(os.fsencode(name))
@@ -130,8 +130,10 @@ def _open(path: Path) -> tuple["pa.Buffer", "pa.RecordBatchReader"]:
         open_regular(path).close()
         with pa.memory_map(str(path)) as source:
             whole = source.read_buffer()
-        return whole, pa.ipc.open_stream(whole)
-    except (OSError, pa.ArrowException) as error:
+        stream = pa.ipc.open_stream(whole)
+        columns.check_names(stream.schema)
+        return whole, stream
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: is no arrow stream ({str(error).partition('\n')[0]})") from error
 
 
@@ -139,7 +141,9 @@ def _read_batches(path: Path, stream: "pa.RecordBatchReader") -> Iterator["pa.Re
     import pyarrow as pa
 
     try:
-        yield from stream
+        for batch in stream:
+            batch.validate(full=True)  # places beyond the file would end the process
+            yield batch
     except (OSError, pa.ArrowException) as error:
         reason = str(error).partition("\n")[0]
         raise SourceError(f"{path}: ends early or is damaged ({reason}): save the dataset again") from error
@@ -154,8 +158,9 @@ def read_shard(shard: Shard) -> Iterator[Record]:
         cells = batch.column(layout.image_column)
         places = _find_bytes(cells, whole, path)
         for row in range(len(batch)):
-            values = {name: batch.column(name)[row].as_py() for name in names}
-            yield columns.make_record(shard, str(shard.name), number, places[row], cells[row].as_py(), values)
+            values = {name: columns.read_scalar(batch.column(name)[row]) for name in names}
+            cell = columns.read_scalar(cells[row])
+            yield columns.make_record(shard, str(shard.name), number, places[row], cell, values)
             number += 1
 
 
@@ -171,5 +176,5 @@ def _find_bytes(cells: "pa.Array", whole: "pa.Buffer", path: Path) -> list[int]:
     if not 0 <= start <= whole.size or pat.is_binary_view(binary.type):
         raise SourceError(f"{path}: its columns are compressed: save it by `datasets`, whose are not")
     kind = np.int64 if pat.is_large_binary(binary.type) else np.int32
-    places = np.frombuffer(offsets, kind)[binary.offset : binary.offset + len(binary)]
+    places = np.frombuffer(offsets, kind, len(binary), binary.offset * np.dtype(kind).itemsize)
     return (places.astype(np.int64) + start).tolist()

@@ -70,9 +70,9 @@ def list_shards(src: Path, layout: Layout) -> list[Shard]:
             if layout.id_column:
                 start = 0
                 for batch in file.iter_batches(columns=[layout.id_column], use_threads=False):
-                    values = batch.column(layout.id_column).to_pylist()
+                    values = map(columns.read_scalar, batch.column(layout.id_column))
                     columns.check_ids(root / name, values, start, layout.id_column, seen)
-                    start += len(values)
+                    start += len(batch)
             sizes = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
         shown = encode_name(os.fsencode(name))
         for part in group_rows(sizes):
@@ -88,8 +88,10 @@ def _open(path: Path) -> "pq.ParquetFile":
 
     try:
         open_regular(path).close()
-        return ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-    except (OSError, ArrowException) as error:
+        file = ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+        columns.check_names(file.schema_arrow)
+        return file
+    except (OSError, ArrowException, UnicodeDecodeError) as error:
         raise SourceError(f"{path}: cannot be read as parquet ({str(error).partition('\n')[0]})") from error
 
 
@@ -126,11 +128,11 @@ def read_shard(shard: Shard) -> Iterator[Record]:
             try:
                 for batch in _read_batches(file, group, list(dict.fromkeys(wanted)), str(layout.image_column)):
                     for place in range(len(batch)):
-                        values = {name: batch.column(name)[place].as_py() for name in batch.schema.names}
+                        values = {name: columns.read_scalar(batch.column(name)[place]) for name in batch.schema.names}
                         cell = values[str(layout.image_column)]
                         yield columns.make_record(shard, file_name, number, number, cell, values)
                         number += 1
-            except (OSError, ArrowException) as error:
+            except (OSError, ArrowException, UnicodeDecodeError) as error:  # the last: names in its own list
                 damage.append(f"rows {number} to {row - 1} ({str(error).partition('\n')[0]})")
     if damage:
         raise SourceError(f"{path}: cannot be read: {', '.join(damage)}")
@@ -168,7 +170,7 @@ class RowReader:
         while row >= self.first + len(self.held):
             self.first += len(self.held)
             self.held = next(self.batches).column(self.column)
-        return columns.read_cell(self.held[row - self.first].as_py())[0] or b""
+        return columns.read_cell(columns.read_scalar(self.held[row - self.first]))[0] or b""
 
 
 def read_image(root: Path, shard: str, row: int) -> bytes:
@@ -178,7 +180,12 @@ def read_image(root: Path, shard: str, row: int) -> bytes:
     path = find_file(root, name + SUFFIX * bool(hashed))
     try:
         return _open_rows(path, column or None, stamp_file(path), os.getpid()).read(row)
-    except (ArrowException, KeyError, StopIteration) as error:  # the rows, or the column, of another file
+    except (
+        ArrowException,
+        UnicodeDecodeError,
+        KeyError,
+        StopIteration,
+    ) as error:  # the rows, or the column, of another file
         raise OSError(str(error).partition("\n")[0]) from error
 
 

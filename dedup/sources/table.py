@@ -53,7 +53,7 @@ def list_shards(src: Path, layout: Layout) -> list[Shard]:
         return list(_make_shards(src, chosen, read))
     except SourceError:
         raise
-    except (OSError, ArrowException) as error:
+    except (OSError, ArrowException, UnicodeDecodeError) as error:
         raise SourceError(f"{src}: cannot be read ({str(error).partition('\n')[0]})") from error
 
 
@@ -194,7 +194,7 @@ def _read_parquet(path: Path) -> tuple[list[str], Callable[[list[str]], Rows]]:
     def read(wanted: list[str]) -> Rows:
         with ParquetFile(path) as file:
             for batch in file.iter_batches(columns=list(dict.fromkeys(wanted)), use_threads=False):
-                values = [batch.column(name).to_pylist() for name in wanted]
+                values = [map(columns.read_scalar, batch.column(name)) for name in wanted]
                 yield from zip(*values, strict=True)
 
     with ParquetFile(path) as file:
