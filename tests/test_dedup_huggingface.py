@@ -144,6 +144,19 @@ def test_columns_by_type_and_by_option(tmp_path: Path, kind: pa.DataType) -> Non
         read_all(tmp_path / "double", id_column="code")
 
 
+def test_sounds_are_no_images(tmp_path: Path) -> None:
+    """They lie in the same kind of struct; only the types that `datasets` notes tell them apart."""
+    make_dataset([picture(0)], ["a"]).save_to_disk(tmp_path / "saved")
+    path = tmp_path / "saved" / "data-00000-of-00001.arrow"
+    table = pa.ipc.open_stream(path.read_bytes()).read_all()
+    note = table.schema.metadata[b"huggingface"].replace(b'"Image"', b'"Audio"')
+    table = table.replace_schema_metadata({b"huggingface": note})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(SourceError, match=r"no column of images; it has the columns image, text$"):
+        sources.list_shards(tmp_path / "saved")
+
+
 def test_rows_that_were_selected_and_moved(tmp_path: Path) -> None:
     """What `save_to_disk` writes of a filtered, shuffled view is the view."""
     whole = make_dataset([picture(n) for n in range(6)], [str(n) for n in range(6)])

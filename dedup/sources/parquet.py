@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 ROWS_PER_SHARD = 1_000
-HELD = 1 << 26  # bytes of images in memory at a time
+HELD = 1 << 24  # bytes of images in memory at a time, unless a page of the file is larger
+ROWS_HELD = 64  # at most: a dictionary makes equal images small in the file only
 SUFFIX = ".parquet"
 
 
@@ -143,7 +144,7 @@ def _read_batches(file: "pq.ParquetFile", group: int, names: list[str], image: s
     about = file.metadata.row_group(group)
     chunks = (about.column(number) for number in range(about.num_columns))
     size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.partition(".")[0] == image)
-    rows = max(1, min(about.num_rows, about.num_rows * HELD // max(1, size)))
+    rows = max(1, min(ROWS_HELD, about.num_rows * HELD // max(1, size)))
     yield from file.iter_batches(rows, row_groups=[group], columns=names, use_threads=False)
 
 
