@@ -45,7 +45,7 @@ def read_pool(src: Path, resolution: int, limit: int) -> tuple[pl.DataFrame, np.
             if digest in rows:
                 counts["identical"] += 1
                 continue
-            rows[digest] = (shard.name, record.offset, record.size, record.key, record.caption)
+            rows[digest] = (record.file or shard.name, record.offset, record.size, record.key, record.caption)
             thumbnails[digest] = images.square(pixels, resolution)
     if not rows:
         raise PlantError(f"{src}: none of its {counts['images']} images is readable")

@@ -11,13 +11,16 @@ app = typer.Typer()
 SourceArgument = Annotated[
     Path,
     typer.Argument(
-        metavar="SRC", help="A folder of images or of tar shards, a shard, or a pattern: '{00000..00399}.tar'."
+        metavar="SRC",
+        help="A folder of images, tar shards or parquet; a shard or pattern: '{00000..00399}.tar'; a table of paths; "
+        "a dataset that `datasets` saved, or hf://org/name.",
     ),
 ]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
 JobsOption = Annotated[int, typer.Option(min=0, help="Worker processes; 0 = one per processor.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Keep = Literal["keep", "drop"]
+Format = Literal["folder", "webdataset", "table", "parquet", "huggingface"]
 Encoder = Literal["auto", "local", "sscd-distilled", "sscd", "clip", "dinov2"]
 
 
@@ -46,34 +49,53 @@ def dedup(
     rotations: Annotated[Keep, typer.Option(help="Turned copies.")] = "keep",
     max_pixels: Annotated[int, typer.Option(help="Larger images are not decoded.")] = 100_000_000,
     max_frames: Annotated[int, typer.Option(help="Longer animations are not decoded.")] = 1_000,
+    format_: Annotated[Format | None, typer.Option("--format", help="Of SRC; default: what it looks like.")] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="Folder that the paths of a table start in; default: its own.")
+    ] = None,
+    image_column: Annotated[str | None, typer.Option(help="Of paths or bytes; default: by convention.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="Default: by convention, text, caption …")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Of the key of each row; default: its path or number.")] = None,
+    split: Annotated[str | None, typer.Option(help="Of a Hugging Face dataset; default: all of them.")] = None,
     max_bad: Annotated[float, typer.Option(help="Share of unreadable inputs that is tolerated.")] = 0.01,
     json_: JsonOption = False,
 ) -> None:
     """Find duplicates in SRC and decide what to keep. Example: unmemorize dedup photos -o photos-dedup"""
     from dedup.pipeline import Options, deduplicate, resolve_auto
-    from dedup.sources import find_root
+    from dedup.sources import Layout, name_source
 
-    out = out or Path(f"{find_root(src.resolve()).name}-dedup")
+    out = out or Path(f"{name_source(src)}-dedup")
     chosen, by = resolve_auto(level, encoder, out)
     if embeddings is not None:
         if weights is not None or encoder != "auto" or chosen != "copy":
             raise typer.BadParameter("--embeddings takes the place of --encoder and --weights, at level copy")
         by, weights = "external", str(embeddings.resolve())
-    options = Options(
-        chosen, by, weights, weights_sha256, max_false_pairs, hash_decode, max_pixels, max_frames, flips, rotations
-    )
+    start = str(root.resolve()) if root else None
+    layout = Layout(format_, start, image_column, caption_column, id_column, split)
+    limits = (max_false_pairs, hash_decode, max_pixels, max_frames, flips, rotations)
+    options = Options(chosen, by, weights, weights_sha256, *limits, layout)
     run = deduplicate(src, out, options, jobs=jobs)
     if report:
         from dedup.report import write_report
 
         write_report(out, jobs=jobs)
     counts = run["counts"]
-    typer.echo(json.dumps(counts) if json_ else _summary(counts, out, report, chosen))
+    told = "".join(f"{line}\n" for line in dict.fromkeys(map(_describe_columns, run["layouts"])) if line)
+    typer.echo(json.dumps(counts) if json_ else told + _summary(counts, out, report, chosen))
     if counts["unreadable"] > max_bad * counts["rows"]:
         raise TooManyBad(
             f"{counts['unreadable']} of {counts['rows']} inputs are unreadable, more than --max-bad {max_bad}: "
             f"see the rows with status in {out}/manifest"
         )
+
+
+def _describe_columns(layout: dict) -> str:
+    """Which columns were read; nothing for images and tar shards."""
+    if layout["image_column"] is None:
+        return ""
+    caption = layout["caption_column"] or "no column (--caption-column names one)"
+    key = layout["id_column"] or ("the path" if layout["format"] == "table" else "the number of the row")
+    return f"Columns: images in {layout['image_column']}, captions in {caption}; key of a row: {key}."
 
 
 def _summary(counts: dict, out: Path, report: bool, level: str) -> str:

@@ -61,10 +61,10 @@ def fingerprint_shard(shard: sources.Shard, index: int, work: Path, options: Dec
 
 
 def _location(shard: sources.Shard, key: str) -> dict[str, str | None]:
-    """The sub-source is the top folder of the file or shard; names such as `../x` and `/x` say nothing."""
+    """The sub-source is what the shard says, or the top folder of the file or shard; `../x` and `/x` say nothing."""
     top, slash, _ = (shard.name if shard.name and "/" in shard.name else key).partition("/")
     named = slash and top not in ("", ".", "..")
-    return {"source": top if named else Path(shard.root).name, "shard": shard.name}
+    return {"source": shard.source or (top if named else Path(shard.root).name), "shard": shard.name}
 
 
 def _fingerprint_record(
@@ -76,9 +76,9 @@ def _fingerprint_record(
     """One row without its hashes; they are filled in by `_hash_batch`."""
     row = dict.fromkeys(COLUMNS) | _location(shard, record.key)
     row |= {"key": record.key, "offset": record.offset, "size": record.size, "caption": record.caption}
-    row["link"] = record.link
+    row |= {"link": record.link, "shard": record.file or shard.name}
     if record.data is None:
-        return row | {"status": "missing", "error": record.error}
+        return row | {"status": record.status, "error": record.error}
     row["sha256"] = hashing.digest(record.data)
     fast = options.hash_decode == "fast"
     try:

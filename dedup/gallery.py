@@ -225,7 +225,7 @@ def write_groups(src: Path, folder: Path, members: pl.DataFrame, listed: pl.Data
         manifest.write_text(folder / f"{len(starts):05d}.js", to_script(len(starts), chunk))
         starts.append(start)
     index: dict[str, Any] = {
-        "base": f"{src.as_uri()}/" if src.is_dir() else None,
+        "base": f"{sources.find_root(src).as_uri()}/" if src.exists() else None,
         "fields": FIELDS,
         "starts": starts,
         "signal_names": names["signal"],

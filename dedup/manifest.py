@@ -30,10 +30,10 @@ type Schema = dict[str, pl.DataType | type[pl.DataType]]
 SCHEMA: Schema = {
     "id": pl.Int64,  # row position, stable
     "source": pl.String,  # sub-source: top-level folder of the key, else the name of SRC
-    "shard": pl.String,  # tar file relative to SRC; null for a folder of images
-    "offset": pl.Int64,  # first byte of the image inside the shard (0 for a file of its own)
+    "shard": pl.String,  # the file with the bytes, relative to SRC's root; null when `key` is its path
+    "offset": pl.Int64,  # first byte of the image inside the shard (0 for a file of its own); of parquet: the row
     "size": pl.Int64,  # bytes
-    "key": pl.String,  # path relative to SRC, or the sample key
+    "key": pl.String,  # path relative to SRC, the sample key, or the id or number of the row
     "caption": pl.String,
     "captions": pl.List(pl.String),  # on kept rows: distinct captions of all rows they stand for
     "width": pl.Int32,

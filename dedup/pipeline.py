@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class Options:
     max_frames: int = images.MAX_FRAMES
     flips: str = "keep"
     rotations: str = "keep"
+    layout: sources.Layout = field(default_factory=sources.Layout)  # how SRC is read
 
 
 def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dict:
@@ -65,12 +66,13 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
 
     jobs: worker processes, 0 = one per processor. Raises SourceError, OutputError, OptionsError or OSError.
     """
-    src, out = src.resolve(), out.resolve()
+    out = out.resolve()
+    src, layout = sources.fetch(src, options.layout)
     if out == src or src in out.parents:
         raise OptionsError(f"{out} lies inside the source {src}: choose another folder with -o")
     if options.level == "copy":
         copies.check_encoder(options.encoder, options.weights, options.weights_sha256)
-    shards = sources.list_shards(src)
+    shards = sources.list_shards(src, layout)
     out.mkdir(parents=True, exist_ok=True)
     with lock(out), engine.Workers(jobs) as workers:
         seconds: dict[str, float] = {}
@@ -134,15 +136,16 @@ def lock(out: Path) -> Iterator[None]:
 def _prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options) -> Path:
     """The work folder, with signatures of shards that have changed since the last run removed."""
     path = out / ".work" / "options.json"
-    chosen = asdict(options)
+    chosen = record_options(options)
     recorded = {"src": str(src), "options": chosen, "versions": _versions()}
     if path.exists():
         before = manifest.read_json(path)
-        differing = [k for k in chosen if before["options"].get(k) != chosen[k]]
+        before["options"] = record_options(Options()) | before["options"]  # an older run knew fewer
+        differing = [k for k in chosen if before["options"][k] != chosen[k]]
         if before["src"] != str(src):
             raise OptionsError(f"{out} holds a run over {before['src']}: choose another -o or delete it")
         if differing:
-            what = ", ".join(f"{k} was {before['options'].get(k)!r}" for k in differing)
+            what = ", ".join(f"{k} was {before['options'][k]!r}" for k in differing)
             raise OptionsError(f"{out} was made with other options ({what}): choose another -o or delete it")
         if before["versions"] != recorded["versions"]:
             for folder in ("thumbnails", "features-*", "embeddings-*"):
@@ -160,6 +163,12 @@ def _prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options
         (out / "run.json").unlink(missing_ok=True)  # what stands there is of another source now
     manifest.write_json(stamps_path, stamps)
     return work
+
+
+def record_options(options: Options) -> dict[str, Any]:
+    """As run.json and the command line have them: those of the layout beside the others."""
+    chosen = asdict(options)
+    return chosen | chosen.pop("layout")
 
 
 def _versions() -> dict[str, str]:
@@ -260,8 +269,9 @@ def write_outputs(
     manifest.write_atomic(out / "dropped.csv", listing.write_csv)
     if (src / "plant.parquet").exists():
         shutil.copyfile(src / "plant.parquet", out / "plant.parquet")
-    run = {"src": str(src), "options": asdict(options), "versions": _versions()}
-    run |= {"source": [shard.fingerprint for shard in shards], "counts": counts}
+    run: dict[str, Any] = {"src": str(src), "options": record_options(options), "versions": _versions()}
+    layouts = [asdict(layout) for layout in dict.fromkeys(shard.layout for shard in shards)]
+    run |= {"layouts": layouts, "source": [shard.fingerprint for shard in shards], "counts": counts}
     manifest.write_json(out / "run.json", run)
     return run
 

@@ -367,8 +367,8 @@ def test_files_that_vanish_or_change_while_the_run_reads(tmp_path: Path, monkeyp
     touch(src / "x.tar", pack({"t.png": picture(3)}))
     list_shards = sources.list_shards
 
-    def list_and_change(path: Path) -> list[sources.Shard]:
-        shards = list_shards(path)
+    def list_and_change(path: Path, layout: sources.Layout) -> list[sources.Shard]:
+        shards = list_shards(path, layout)
         (src / "a.png").unlink()
         (src / "x.tar").unlink()
         touch(src / "b.png", picture(5))
@@ -451,12 +451,12 @@ def test_what_is_no_source(tmp_path: Path) -> None:
     fill(tmp_path, {"empty/readme.md": b"text", "photo.jpg": picture(0, "JPEG"), "shards.tar.zst": b""})
     os.mkfifo(tmp_path / "pipe")
     expected = {
-        "empty": "no images found (looked for images and for tar shards)",
+        "empty": "no images found (looked for images, tar shards and parquet files)",
         "nowhere": "no such folder or tar shard",
         "photo.jpg/inside": "no such folder or tar shard",
-        "photo.jpg": "SRC is a folder, or names shards that end in .tar, .tar.gz, .tgz",
-        "shards.tar.zst": "SRC is a folder, or names shards that end in .tar, .tar.gz, .tgz",
-        "pipe": "SRC is a folder, or names shards that end in .tar, .tar.gz, .tgz",
+        "photo.jpg": "SRC is a folder, a table, or shards that end in .tar, .tar.gz, .tgz",
+        "shards.tar.zst": "SRC is a folder, a table, or shards that end in .tar, .tar.gz, .tgz",
+        "pipe": "SRC is a folder, a table, or shards that end in .tar, .tar.gz, .tgz",
     }
     for name, message in expected.items():
         with pytest.raises(SourceError) as caught:

@@ -349,6 +349,23 @@ def test_two_images_side_by_side_as_they_are_on_disk(page: Page, out: Path) -> N
     assert page.evaluate("document.activeElement.ariaLabel") == "Compare shop/owl.jpg"
 
 
+def test_rows_of_a_table_are_found_by_the_path_that_it_names(page: Page, tmp_path: Path) -> None:
+    """Their key is what its id column says."""
+    data = Dataset(tmp_path)
+    paths = ["shop/50% a.png", "shop/b.png"]
+    first, second = (
+        data.add(path, encode(draw_picture(1), ".png"), None, shard=manifest.encode_name(path.encode()))
+        for path in paths
+    )
+    data.drop(second, first, "bytes")
+    data.rows[first]["key"], data.rows[second]["key"] = "sku 1", EVIL_KEY
+    report.write_report(data.write(), jobs=1)
+    open_report(page, data.out)
+    page.locator("button.thumb").last.click()
+    assert side_sources(page) == [(data.src / path).as_uri() for path in paths]
+    assert page.evaluate("window.pwned") is None
+
+
 def test_any_key_is_found_on_disk_and_runs_nothing(page: Page, tmp_path: Path) -> None:
     data = Dataset(tmp_path)
     first = data.add("50% off #1 & more?/größe\u2028.png", encode(draw_picture(1), ".png"), EVIL)

@@ -263,7 +263,7 @@ def test_patterns_name_shards_that_are_found_again(
         ("one/x*.tar", r"one/x\*.tar: no such folder or tar shard$"),
         ("gone", "gone: no such folder or tar shard$"),
         ("one/{00000..00001.tar", "braces differ in number"),
-        ("one/list.txt", r"list.txt: SRC is a folder, or names shards that end in .tar, .tar.gz, .tgz$"),
+        ("one/list.txt", r"list.txt: SRC is a folder, a table, or shards that end in .tar, .tar.gz, .tgz$"),
         ("{" + ",".join(f"one/{n:05d}" for n in range(99)) + "}.tar", r"one/00003.tar: no such .*96 of the 99"),
     ],
 )

@@ -1,11 +1,14 @@
 """Where images come from. One file a format; each turns SRC into shards, and a shard into records.
 
-SRC is a folder, a tar shard, or a pattern that names tar shards: a glob, or braces as webdataset writes them. A folder
-is read as its image files, however deep, and its tar shards: those at its top or, if there are none, those below.
-Hidden files and folders, and results of earlier runs, are passed over.
+SRC is a folder, a tar shard, a pattern that names tar shards (a glob, or braces as webdataset writes them), a table
+whose rows name files (CSV, TSV, JSONL, parquet), parquet with the bytes of images, a folder that `datasets` saved, or
+`hf://org/name`. A folder is read as its image files, however deep, and its tar shards: those at its top or, if there
+are none, those below; one with neither as its parquet files. Hidden files and folders, and results of earlier runs, are
+passed over.
 
-A shard is the unit of work and of resuming. `list_shards(src)` is cheap and touches no image; `read_shard(shard)` is a
-pure function of the shard; `read_image(...)` fetches one image again from its manifest row.
+A shard is the unit of work and of resuming. `list_shards(src, layout)` is cheap and touches no image;
+`read_shard(shard)` is a pure function of the shard; `read_image(...)` fetches one image again from its manifest row,
+which says all that is needed: no layout.
 """
 
 import errno
@@ -15,12 +18,16 @@ import os
 import stat
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
+
+from dedup.manifest import decode_name
 
 WILDCARDS = frozenset("*?[{")
 MAX_BYTES = 1 << 31  # no image within the limits of `dedup.images` needs more; a film that is named .jpg does
+FORMATS = ("folder", "webdataset", "table", "parquet", "huggingface")
+HUB = "hf:"  # what `hf://org/name` begins with once it is a Path
 RESULTS = {"run.json", "pairs.parquet"}  # a folder that holds both was written by a run, and holds its thumbnails
 
 
@@ -29,20 +36,36 @@ class SourceError(OSError):
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """One unit of work: a tar file, or a run of files of a folder."""
+class Layout:
+    """How SRC is to be read, as far as the user has said so; None: by what SRC is, and by convention."""
 
-    kind: str  # "folder" or "webdataset"
+    format: str | None = None  # one of FORMATS
+    root: str | None = None  # absolute: the folder that paths in a table are relative to, and must not leave
+    image_column: str | None = None
+    caption_column: str | None = None
+    id_column: str | None = None  # the key of each row: present and different in all of them
+    split: str | None = None  # of a Hugging Face dataset
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One unit of work: a tar file, or a run of files of a folder or of rows of a table."""
+
+    kind: str  # one of FORMATS
     root: str  # `find_root(SRC)`
-    name: str | None  # tar relative to root; None for a folder
-    members: tuple[str, ...]  # encoded paths relative to root (folder), empty for a tar
+    name: str | None  # file relative to root: tar, parquet, arrow; None for a folder or table, whose images are files
+    members: tuple[str, ...]  # encoded paths relative to root (folder), paths as written (table), else empty
     captions: tuple[str | None, ...]  # of the members, as far as a metadata file names them
     fingerprint: str  # changes when the content may have changed (names, sizes, mtimes)
+    keys: tuple[str, ...] = ()  # of the members of a table
+    part: tuple[int, int, int] = (0, 0, 0)  # row groups or batches from … to before …, and the number of the first row
+    layout: Layout = Layout()  # with the columns that are read
+    source: str | None = None  # what the manifest's `source` says; None: what the path says
 
 
 @dataclass(slots=True)
 class Record:
-    """One image as it was found. `data` is None when there are no bytes; then `error` says why."""
+    """One image as it was found. `data` is None when there are no bytes; then `status` and `error` say why."""
 
     key: str
     offset: int
@@ -51,6 +74,8 @@ class Record:
     caption: str | None
     error: str | None = None
     link: bool = False  # a symbolic link: of equal files, the one that holds the bytes is kept
+    file: str | None = None  # encoded path relative to root, when the bytes lie in neither the shard nor the file `key`
+    status: str = "missing"
 
 
 def find_root(src: Path) -> Path:
@@ -61,8 +86,59 @@ def find_root(src: Path) -> Path:
     return Path(*src.parts[:first])
 
 
-def list_shards(src: Path) -> list[Shard]:
+def name_source(src: Path) -> str:
+    """What results are named by: the dataset, the table, or the folder."""
+    if is_hub(src):
+        return src.name
+    is_table = src.suffix.lower() in (".csv", ".tsv", ".jsonl", ".parquet") and not src.is_dir()
+    return src.stem if is_table else find_root(src.resolve()).name
+
+
+def is_hub(src: Path) -> bool:
+    return src.parts[:1] == (HUB,)
+
+
+def fetch(src: Path, layout: Layout) -> tuple[Path, Layout]:
+    """SRC on this machine: what `datasets` must load lies in its cache afterwards. Raises SourceError."""
+    from dedup.sources import huggingface
+
+    if is_hub(src) or (layout.format == "huggingface" and not huggingface.is_saved(src)):
+        return huggingface.load(src, layout)
+    return src.resolve(), layout
+
+
+def list_shards(src: Path, layout: Layout = Layout()) -> list[Shard]:
     """Shards of SRC in a fixed order, whatever the order of the directory. Raises SourceError."""
+    from dedup.sources import huggingface, parquet, table
+
+    kind = layout.format or detect(src, layout)
+    if kind in ("folder", "webdataset", None):
+        shards = _list_files_and_tars(src, kind)
+        given = [field.name for field in fields(layout) if field.name != "format" and getattr(layout, field.name)]
+        if shards and given:
+            option = given[0].replace("_", "-")
+            raise SourceError(
+                f"{src}: --{option} is of tables, parquet and Hugging Face datasets; this is none of them"
+            )
+        if shards or kind or not any(parquet.is_parquet(name) for name in list_files(src)):
+            return shards or _complain(src, "images" if kind == "folder" else "images, tar shards and parquet files")
+        kind = "parquet"
+    shards = {"table": table, "parquet": parquet, "huggingface": huggingface}[kind].list_shards(src, layout)
+    return shards or _complain(src, "rows")
+
+
+def detect(src: Path, layout: Layout) -> str | None:
+    """One of FORMATS that need no look at all files below SRC; None for images and tar shards."""
+    from dedup.sources import huggingface, parquet, table
+
+    if huggingface.is_saved(src):
+        return "huggingface"
+    if src.is_file() and parquet.is_parquet(src.name):
+        return "parquet" if parquet.holds_images(src, layout) else "table"
+    return "table" if src.suffix.lower() in table.READERS and not src.is_dir() else None
+
+
+def _list_files_and_tars(src: Path, kind: str | None) -> list[Shard]:
     from dedup.sources import folder, webdataset
 
     root = find_root(src)
@@ -71,10 +147,12 @@ def list_shards(src: Path) -> list[Shard]:
     files = list_files(src)
     tars = [name for name in files if webdataset.is_tar(name)]
     tars = [name for name in tars if "/" not in name] or tars
-    shards = folder.list_shards(src, files) + webdataset.list_shards(src, [src / name for name in tars])
-    if not shards:
-        raise SourceError(f"{src}: no images found (looked for images and for tar shards)")
-    return shards
+    shards = [] if kind == "webdataset" else folder.list_shards(src, files)
+    return shards + ([] if kind == "folder" else webdataset.list_shards(src, [src / name for name in tars]))
+
+
+def _complain(src: Path, what: str) -> NoReturn:
+    raise SourceError(f"{src}: no images found (looked for {what})")
 
 
 def list_files(src: Path) -> list[str]:
@@ -99,18 +177,26 @@ def list_files(src: Path) -> list[str]:
 
 def read_shard(shard: Shard) -> Iterator[Record]:
     """All records of one shard, in a fixed order. Raises SourceError at its end when it is damaged."""
-    from dedup.sources import folder, webdataset
+    from dedup.sources import folder, huggingface, parquet, table, webdataset
 
-    return {"folder": folder, "webdataset": webdataset}[shard.kind].read_shard(shard)
+    modules = (folder, webdataset, table, parquet, huggingface)
+    return dict(zip(FORMATS, modules, strict=True))[shard.kind].read_shard(shard)
 
 
 def read_image(src: Path, shard: str | None, offset: int, size: int, key: str) -> bytes:
     """The bytes of one manifest row. Raises SourceError when they are gone or fewer than they were."""
-    from dedup.sources import folder, webdataset
+    from dedup.sources import folder, parquet, webdataset
 
     root = find_root(src)
     try:
-        data = folder.read_image(root, key) if shard is None else webdataset.read_image(root / shard, offset, size)
+        if shard is None:
+            data = folder.read_image(root, key)
+        elif webdataset.is_tar(shard):
+            data = webdataset.read_image(root / shard, offset, size)
+        elif parquet.is_parquet(shard):
+            data = parquet.read_image(root, shard, offset)
+        else:  # an arrow file, or one that a table names
+            data = webdataset.read_image(root / os.fsdecode(decode_name(shard)), offset, size)
     except (OSError, EOFError, zlib.error) as error:
         raise SourceError(
             f"{root / (shard or key)}: cannot be read again ({error}); has the source changed?"
@@ -124,7 +210,7 @@ def stamp_file(path: Path | str) -> str:
     """Size and time of a file."""
     try:
         status = os.stat(path)  # noqa: PTH116 - of a million names, pathlib would take the longest
-    except OSError:
+    except (OSError, ValueError):  # the latter of a zero byte
         return "missing"
     return f"{status.st_size}:{status.st_mtime_ns}"
 

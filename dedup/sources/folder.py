@@ -87,25 +87,25 @@ def _read_table(path: Path) -> list[tuple[str, str]]:
 def read_shard(shard: Shard) -> Iterator[Record]:
     root = Path(shard.root)
     for key, caption in zip(shard.members, shard.captions, strict=True):
-        path = _find(root, key)
+        path = find_file(root, key)
         if path.suffix == ".parquet":
             yield from img2dataset.read_failed(path, key.removesuffix("parquet").removesuffix(".") + "/")
             continue
         if caption is None:
             caption = _caption_beside(path)
         try:
-            data = _read(path)
+            data = read_file(path)
         except OSError as error:
             yield Record(key, 0, 0, None, caption, error.strerror)
             continue
         yield Record(key, 0, len(data), data, caption, link=path.is_symlink())
 
 
-def _find(root: Path, key: str) -> Path:
+def find_file(root: Path, key: str) -> Path:
     return root / os.fsdecode(decode_name(key))
 
 
-def _read(path: Path) -> bytes:
+def read_file(path: Path) -> bytes:
     with open_regular(path) as handle:
         if os.fstat(handle.fileno()).st_size > MAX_BYTES:
             raise OSError(errno.EFBIG, f"more than {MAX_BYTES:,} bytes", str(path))
@@ -115,11 +115,11 @@ def _read(path: Path) -> bytes:
 def _caption_beside(path: Path) -> str | None:
     for suffix, parse in ((".txt", text_caption), (".json", json_caption)):
         try:
-            return parse(_read(path.with_suffix(suffix)))
+            return parse(read_file(path.with_suffix(suffix)))
         except OSError:
             continue
     return None
 
 
 def read_image(root: Path, key: str) -> bytes:
-    return _read(_find(root, key))
+    return read_file(find_file(root, key))

@@ -68,7 +68,7 @@ def expand_pattern(src: Path) -> list[Path]:
         raise SourceError(f"{missing[0]}: no such folder or tar shard{share}")
     paths = list(dict.fromkeys(path for paths in found.values() for path in paths))
     if other := [path for path in paths if not is_tar(path.name)]:
-        raise SourceError(f"{other[0]}: SRC is a folder, or names shards that end in {', '.join(TAR_SUFFIXES)}")
+        raise SourceError(f"{other[0]}: SRC is a folder, a table, or shards that end in {', '.join(TAR_SUFFIXES)}")
     return paths
 
 

@@ -356,10 +356,11 @@ async function compareNext(step) {
   buttons().at(step > 0 ? 0 : -1)?.click();
 }
 
-// Where an image of its own lies. `%XX` in a key stands for a byte, as it does in an address.
+// Where an image of its own lies: its key says so, or its shard when a table gives it another key.
+// `%XX` in a path stands for a byte, as it does in an address.
 function fileOf(row) {
-  if (!index.base || row.shard !== null) return null;
-  const parts = row.key.split(/(%[0-9a-f]{2})/i);
+  if (!index.base || /\.(tar|tar\.gz|tgz|parquet|parquet#.*|arrow)$/is.test(row.shard || "")) return null;
+  const parts = (row.shard === null ? row.key : row.shard).split(/(%[0-9a-f]{2})/i);
   return index.base + parts.map((part, i) => (i % 2 ? part : encodeURIComponent(part).replaceAll("%2F", "/"))).join("");
 }
 
