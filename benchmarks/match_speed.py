@@ -2,23 +2,27 @@
 
     python benchmarks/match_speed.py --photos DIR --work DIR [--rows 1000000] [--queries 100] [--batch 1000] [--jobs 1]
 
-SRC: five crops of 320×240 of each photograph of the first half, deduplicated at level copy (`local`, 512 dimensions).
+SRC: nine pieces of each photograph of the first half, 320×240 each, deduplicated at level copy (`local`, 512
+dimensions).
 The index is that of this run and random unit vectors up to `--rows`, whose pictures are those of SRC in turn, with the
 null model of random pairs of all of it: about three of them are compared with each query, as among real rows.
-Queries: further crops, every other one of a photograph that is in SRC. Times are of `match.find` on decoded pictures, in
-one process with `--jobs` threads for the search: description, search, comparison. `nothing remembered`: features of the
-rows are taken from their pictures each time; `remembered`: they have been asked for before.
+Queries: crops of pieces, every other one of a photograph that is in SRC. Times are of `match.find` on decoded pictures,
+in one process with `--jobs` threads for the search: description, search, comparison. Features of the rows are taken
+from their pictures each time; or from the files that the run left; or they have been asked for before. CPU: what the
+process computed, which other work on the machine changes less.
 """
 
 import os
 import platform
-import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
+from unittest.mock import patch
 
 import numpy as np
 import polars as pl
@@ -28,35 +32,44 @@ from PIL import Image
 from dedup import candidates, features, index, match, neighbours, products, threshold
 from dedup.images import SUFFIXES
 from dedup.pipeline import Options, deduplicate
+from dedup.reader import ROWS
 
+GRID = 3
 BLOCK = 10_000
+SAMPLED = 20_000  # made-up rows whose background is measured; the others repeat theirs
 PAIRS = 200_000
 
 
-def crop(path: Path, rng: np.random.Generator) -> Image.Image:
-    """A tenth to two fifths of the sides away, on each axis."""
+def cut(path: Path, piece: int) -> Image.Image:
+    """One of GRID × GRID pieces of a photograph: pictures that have nothing in common."""
     picture = Image.open(path).convert("RGB")
-    width, height = picture.size
-    w, h = (int(side * rng.uniform(0.6, 0.9)) for side in (width, height))
-    left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-    return picture.crop((left, top, left + w, top + h)).resize((320, 240), Image.Resampling.LANCZOS)
+    width, height = picture.width // GRID, picture.height // GRID
+    left, top = piece % GRID * width, piece // GRID * height
+    return picture.crop((left, top, left + width, top + height)).resize((320, 240), Image.Resampling.LANCZOS)
+
+
+def crop(picture: Image.Image, rng: np.random.Generator) -> np.ndarray:
+    """60 to 90 % of either side."""
+    w, h = (int(side * rng.uniform(0.6, 0.9)) for side in picture.size)
+    left, top = int(rng.integers(picture.width - w + 1)), int(rng.integers(picture.height - h + 1))
+    return np.asarray(picture.crop((left, top, left + w, top + h)))
 
 
 def write_source(photos: list[Path], src: Path) -> None:
     src.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
     for number, path in enumerate(photos):
-        for copy in range(5 * max(1, -(-1_100 // (5 * len(photos))))):
-            crop(path, rng).save(src / f"{number:04d}-{copy}.jpg", quality=90)
+        for piece in range(GRID**2):
+            cut(path, piece).save(src / f"{number:04d}-{piece}.jpg", quality=90)
 
 
 def enlarge(small: index.Index, rows: int, jobs: int) -> index.Index:
     """The index with made-up rows after its own."""
     rng = np.random.default_rng(0)
-    more, width = rows - len(small.ids), small.vectors.shape[1]
+    own = len(small.ids) // ROWS * ROWS  # whole files of features
+    more, width = rows - own, small.vectors.shape[1]
     vectors = np.empty((rows, width), np.int16)
-    vectors[: len(small.ids)] = small.vectors
-    for start in range(len(small.ids), rows, BLOCK):
+    vectors[:own] = small.vectors[:own]
+    for start in range(own, rows, BLOCK):
         drawn = rng.standard_normal((min(BLOCK, rows - start), width), np.float32)
         drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
         vectors[start : start + len(drawn)] = products.quantise(drawn)
@@ -69,45 +82,81 @@ def enlarge(small: index.Index, rows: int, jobs: int) -> index.Index:
         represents=pl.lit(1, pl.Int64),
     )
     made_up = made_up.cast(dict(small.rows.schema))
-    background = neighbours.measure_background(vectors, jobs=jobs)
+    measured = neighbours.measure_background(vectors[own:][:SAMPLED], vectors, jobs=jobs)
+    background = np.concatenate([small.background[:own], np.resize(measured, more)])
     i, j = threshold.sample_pairs(rows, PAIRS)
     scores = neighbours.score_pairs(vectors, i, vectors, j, (background, background))
     null = threshold.describe(threshold.fit_tail(scores, rows * (rows - 1) // 2, step=1e-6))
     return replace(
         small,
         rows=pl.concat([small.rows, made_up]),
-        ids=np.concatenate([small.ids, np.arange(first, first + more)]),
+        ids=np.concatenate([small.ids[:own], np.arange(first, first + more)]),
         vectors=vectors,
         background=background,
         chance=index.read_chance(null, rows, 1),
+        parts=[small.parts[n % (own // ROWS)] for n in range(-(-rows // ROWS))],
     )
 
 
-def measure_one(large: index.Index, pictures: list[np.ndarray], jobs: int, *, forget: bool) -> list[float]:
-    seconds = []
+def measure_one(large: index.Index, pictures: list[np.ndarray], jobs: int, *, forget: bool) -> np.ndarray:
+    """Seconds float (pictures, 2): wall and CPU."""
+    taken = []
     for pixels in pictures:
         if forget:
             match.forget()
-        start = time.perf_counter()
+        start = read_clocks()
         match.find(large, [pixels], jobs=jobs)
-        seconds.append(time.perf_counter() - start)
-    return seconds
+        taken.append(read_clocks() - start)
+    return np.array(taken)
 
 
-def measure_stages(large: index.Index, pictures: list[np.ndarray], jobs: int) -> list[tuple[str, float]]:
-    """Median seconds of the stages before the comparison, one picture at a time."""
-    stages: dict[str, list[float]] = {"features": [], "vectors": [], "search": []}
+def read_clocks() -> np.ndarray:
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def measure_stages(large: index.Index, pictures: list[np.ndarray], jobs: int) -> dict[str, np.ndarray]:
+    """Seconds float (pictures, 2), wall and CPU, of the stages before the comparison, one picture at a time."""
+    stages: dict[str, list[np.ndarray]] = {"features": [], "vectors": [], "search": []}
     for pixels in pictures:
-        times = [time.perf_counter()]
+        clocks = [read_clocks()]
         found = features.extract(pixels)
-        times.append(time.perf_counter())
+        clocks.append(read_clocks())
         encoded = large.encoder.encode(pixels, found)
-        times.append(time.perf_counter())
+        clocks.append(read_clocks())
         match.find_near(large, np.array([0]), [encoded], match.MAX_FALSE, jobs)
-        times.append(time.perf_counter())
-        for name, taken in zip(stages, np.diff(times).tolist(), strict=True):
+        clocks.append(read_clocks())
+        for name, taken in zip(stages, np.diff(clocks, axis=0), strict=True):
             stages[name].append(taken)
-    return [(name, statistics.median(taken)) for name, taken in stages.items()]
+    return {name: np.array(taken) for name, taken in stages.items()}
+
+
+def measure_batch(
+    large: index.Index, pictures: list[np.ndarray], jobs: int
+) -> tuple[pl.DataFrame, np.ndarray, dict[str, np.ndarray]]:
+    """Matches; seconds float (2,), wall and CPU, of one call of `find`; and of its parts, by clocks within that call.
+
+    What is left of the whole is small. A difference of separate calls would charge other work on the machine to a part.
+    """
+    parts = {name: np.zeros(2) for name in ("embedding", "search", "comparison")}
+
+    def clocked(function: Callable, name: str) -> Callable:
+        def run(*arguments: object, **options: object) -> object:
+            start = read_clocks()
+            result = function(*arguments, **options)
+            parts[name] += read_clocks() - start
+            return result
+
+        return run
+
+    encoder = SimpleNamespace(encode=clocked(large.encoder.encode, "embedding"), name=large.encoder.name)
+    with (
+        patch.object(features, "extract", clocked(features.extract, "embedding")),
+        patch.object(match, "find_near", clocked(match.find_near, "search")),
+        patch.object(match, "compare", clocked(match.compare, "comparison")),
+    ):
+        start = read_clocks()
+        found = match.find(replace(large, encoder=encoder), pictures, jobs=jobs)
+        return found, read_clocks() - start, parts
 
 
 def describe_machine() -> str:
@@ -140,11 +189,10 @@ def main(
     large = enlarge(small, rows, jobs)
     rng = np.random.default_rng(1)
     sides = (inside, paths[len(inside) :])
-    pictures = [
-        np.asarray(crop(side[int(rng.integers(len(side)))], rng))
-        for number in range(max(queries, batch))
-        for side in (sides[number % 2],)
-    ]
+    pictures = []
+    for number in range(max(queries, batch)):
+        side = sides[number % 2]
+        pictures.append(crop(cut(side[int(rng.integers(len(side)))], int(rng.integers(GRID**2))), rng))
     match.find(large, pictures[:1], jobs=jobs)  # load the compiled code
     compared = match.find_near(
         large,
@@ -156,28 +204,23 @@ def main(
     floor = large.chance.threshold(match.MAX_FALSE)
     print(f"{len(large.ids):,} vectors of {large.vectors.shape[1]}; floor {floor:.3f} (dedup: {candidates.MIN_SCORE})")
     print(f"compared with each: {len(compared) / queries:.1f} rows on average\n")
-    print("| one picture | median ms | 90 % below |\n|---|---:|---:|")
-    for name, seconds in measure_stages(large, pictures[:queries], jobs):
-        print(f"| of this, {name} | {1e3 * seconds:.1f} | |")
-    for name, forget in (("nothing remembered", True), ("remembered", False)):
-        if not forget:
-            measure_one(large, pictures[:queries], jobs, forget=False)
-        taken = measure_one(large, pictures[:queries], jobs, forget=forget)
-        print(f"| `find`, {name} | {1e3 * statistics.median(taken):.1f} | {1e3 * np.quantile(taken, 0.9):.1f} |")
+    chosen = pictures[:queries]
+    rows_of = {f"of this, {name}": taken for name, taken in measure_stages(large, chosen, jobs).items()}
+    bare = replace(large, parts=["none"] * len(large.parts))
+    rows_of["`find`, features taken again"] = measure_one(bare, chosen, jobs, forget=True)
+    rows_of["`find`, features from files"] = measure_one(large, chosen, jobs, forget=True)
+    rows_of["`find`, features remembered"] = measure_one(large, chosen, jobs, forget=False)
+    print("| one picture | median ms | 90 % below | median CPU ms |\n|---|---:|---:|---:|")
+    for name, taken in rows_of.items():
+        wall, cpu = 1e3 * np.median(taken, axis=0)
+        print(f"| {name} | {wall:.1f} | {1e3 * np.quantile(taken[:, 0], 0.9):.1f} | {cpu:.1f} |", flush=True)
     match.forget()
-    start, cpu = time.perf_counter(), time.process_time()
-    described = [features.extract(pixels) for pixels in pictures[:batch]]
-    encoded = [large.encoder.encode(p, f) for p, f in zip(pictures[:batch], described, strict=True)]
-    embedding = time.perf_counter() - start
-    found = match.find(large, pictures[:batch], jobs=jobs)
-    seconds = time.perf_counter() - start - embedding
-    start = time.perf_counter()
-    match.find_near(large, np.arange(batch), encoded, match.MAX_FALSE, jobs)
-    searching = time.perf_counter() - start
-    after = seconds - embedding
-    print(f"\n{batch:,} pictures at once: {batch / seconds:.1f} a second ({time.process_time() - cpu:.0f} CPU s);")
-    print(f"embedding {embedding:.1f} s, search {searching:.1f} s, comparison and the rest {after - searching:.1f} s.")
-    print(f"100,000 × {rows:,} after embedding: {after * 1e5 / batch / 60:.0f} minutes with {jobs} threads.")
+    found, whole, parts = measure_batch(large, pictures[:batch], jobs)
+    wall, cpu = batch / whole
+    print(f"\n{batch:,} pictures at once: {wall:.1f} a second, {cpu:.1f} a CPU second; seconds (CPU):")
+    print(", ".join(f"{name} {wall:.1f} ({cpu:.1f})" for name, (wall, cpu) in parts.items()))
+    minutes, cpu_minutes = (whole - parts["embedding"]) * 1e5 / batch / 60
+    print(f"100,000 × {rows:,} after embedding: {minutes:.0f} minutes ({cpu_minutes:.0f} CPU minutes), {jobs} threads.")
     best = found.filter(pl.col("rank") == 1)
     right = best.filter((pl.col("class") == "copy") & (pl.col("query") % 2 == 0))["query"].n_unique()
     wrong = best.filter((pl.col("class") == "copy") & (pl.col("query") % 2 == 1))["query"].n_unique()

@@ -126,7 +126,7 @@ def _summary(counts: dict, out: Path, report: bool, level: str) -> str:
 @app.command()
 def match(
     images: Annotated[
-        Path, typer.Argument(metavar="IMAGES", help="A folder, a tar shard, a pattern, or one picture file.")
+        Path, typer.Argument(metavar="IMAGES", help="Whatever `dedup` takes as SRC, or one picture file.")
     ],
     against: Annotated[Path, typer.Option(metavar="OUT", help="A finished `unmemorize dedup … --level copy`.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Results; default: IMAGES' name + -matches.")] = None,
@@ -144,10 +144,9 @@ def match(
     """Find out which training pictures IMAGES are. Example: unmemorize match generations --against photos-dedup"""
     from dedup.match_files import match_files
     from dedup.match_report import write_report
-    from dedup.sources import find_root
+    from dedup.sources import name_source
 
-    resolved = images.resolve()
-    out = out or Path(f"{resolved.stem if resolved.is_file() else find_root(resolved).name}-matches")
+    out = out or Path(f"{images.stem if images.is_file() else name_source(images)}-matches")
     counts = match_files(images, against, out, prompts=prompts, max_false_pairs=max_false_pairs, jobs=jobs)["counts"]
     page = write_report(out, jobs=jobs) if report else None
     typer.echo(json.dumps(counts) if json_ else _summarise_matches(counts, out, page))

@@ -5,8 +5,9 @@ among the others; each candidate is matched by local features and laid over (`ge
 row whose partner was dropped is compared with the row that it was dropped to, because only a direct match may delete.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dedup import (
     engine,
     features,
     geometry,
+    images,
     look,
     manifest,
     vectors,
@@ -117,9 +119,10 @@ class CopySearch:
         with engine.timed(self.seconds, "nearest"):
             views = candidates.see(upright, mirrored, jobs)
         ids = chosen["id"].to_numpy()
-        vectors.write_embeddings(self.out, meta, ids, upright, views.background)
         self.random = _by_id(candidates.score_random(views), ids)
         crowded = pl.DataFrame({"cluster_id": ids, "strict": self._find_series(ids, upright)})
+        rows = crowded.rename({"cluster_id": "id"}).with_columns(background=views.background)
+        vectors.write_embeddings(self.out, meta, rows, upright)
         of_row = decisions.select("cluster_id").join(crowded, on="cluster_id", how="left", maintain_order="left")
         self.strict = of_row["strict"].fill_null(False).to_numpy()
         chosen_floor = candidates.choose_floor(self.random["score"].to_numpy(), len(ids), self.max_false_pairs)
@@ -173,7 +176,8 @@ class CopySearch:
 
         One object, frame or style in all of them: what tells them apart is then little and local, so copies must agree
         everywhere. Asked of random pairs among the pictures of each cell of similar ones, because a dataset may hold
-        photographs and a product series. Pairs that share many features may be copies and are not counted.
+        photographs and a product series. Pairs that share many features may be copies and are not counted, unless
+        most pairs of a cell do.
         """
         from dedup import neighbours, threshold
 
@@ -189,8 +193,15 @@ class CopySearch:
         few = chosen.with_columns(inliers=inliers).filter(pl.col("inliers") < geometry.MIN_EVIDENCE)
         weak = (pl.col("inliers") >= geometry.MIN_INLIERS).mean()
         share = float(few.select(weak).item() or 0)
-        of_cell = few.group_by("cell").agg(share=pl.when(pl.len() >= CHANCE_FEWEST).then(weak).otherwise(share))
-        crowded = np.isin(cell, of_cell.filter(pl.col("share") > SERIES)["cell"]) & (len(few) >= CHANCE_FEWEST)
+        told = (
+            chosen.group_by("cell")
+            .agg(pairs=pl.len())
+            .join(few.group_by("cell").agg(few=pl.len(), share=weak), on="cell", how="left")
+        )
+        enough = pl.col("few").fill_null(0) >= CHANCE_FEWEST
+        many = (pl.col("pairs") >= CHANCE_FEWEST) & ~enough  # most pairs have much in common
+        rate = pl.when(enough).then("share").when(many).then(1.0).otherwise(share if len(few) >= CHANCE_FEWEST else 0.0)
+        crowded = np.isin(cell, told.filter(rate > SERIES)["cell"])
         self.counts |= {"chance_pairs": len(chosen), "chance": round(share, 4), "series": int(crowded.sum())}
         return crowded
 
@@ -301,19 +312,32 @@ def _open(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
+type Load = Callable[[int], images.Decoded]  # least side to decode at → picture
+
+
+def judge(load_a: Load, load_b: Load, found: geometry.Match, *, strict: bool) -> tuple[str | None, float, float]:
+    """Class (null: nothing), score and overlap of two pictures whose features match.
+
+    Drawings are compared in all details: as at hash level when both show the same, else where they overlap.
+    """
+    alignment = geometry.align(load_a(PICTURE).pixels, load_b(PICTURE).pixels, found)
+    kind = geometry.classify(found, alignment, strict=strict)
+    if kind is not None and geometry.needs_close_look(alignment, strict=strict):
+        a, b = load_a(look.CLOSE_SIDE), load_b(look.CLOSE_SIDE)
+        if alignment.covered >= geometry.SAME_FRAME:
+            same = verify.is_same_picture(b, a, geometry.orientation(found))
+        else:
+            laid = geometry.lay_closely(a.pixels, b.pixels, found)
+            same = kind == "copy" and verify.is_close(*laid, verify.MAX_LOSSY)
+        kind = "copy" if same else "look-alike"
+    return kind, alignment.score, alignment.overlap
+
+
 def judge_pairs(src: Path, pairs: list[tuple], options: DecodeOptions) -> list[tuple]:
     """(location of a, of b, orientation, inliers, transform, strict) → VERDICT."""
     load = lru_cache(REMEMBERED)(lambda row, side: look.read_again(src, row, options, min_side=side))
     results = []
     for row_a, row_b, name, inliers, transform, strict in pairs:
-        a, b = load(row_a, PICTURE), load(row_b, PICTURE)
         found = geometry.Match(np.array(transform).reshape(3, 3), name.startswith("m"), inliers)
-        alignment = geometry.align(a.pixels, b.pixels, found)
-        kind = geometry.classify(found, alignment, strict=strict)
-        if kind is not None and geometry.needs_close_look(alignment, strict=strict):
-            close = verify.is_same_picture(
-                load(row_b, look.CLOSE_SIDE), load(row_a, look.CLOSE_SIDE), ORIENTATIONS.index(name)
-            )
-            kind = "copy" if close else "look-alike"
-        results.append((kind, alignment.score, alignment.overlap))
+        results.append(judge(partial(load, row_a), partial(load, row_b), found, strict=strict))
     return results

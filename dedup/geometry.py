@@ -6,6 +6,7 @@ pictures themselves are laid over each other and compared place by place. A logo
 pictures share has features in common, but the rest of what overlaps does not agree.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import cv2
@@ -39,9 +40,13 @@ MAX_GAIN = 2.0  # of chroma
 MIN_EVIDENCE = 8  # inliers
 MIN_OVERLAP = 0.75  # two collages that share one half are not copies
 MIN_PLACES = 20
+REPAINTED, MOST = 0.15, 0.5  # so much in other colours, though most is as it was: a face, a shirt, a product
 COPY_SCORE = 0.72
 SURE_INLIERS, SURE_SCORE = 70, 0.62  # so many features outweigh text across and the like
-DRAWING = 0.1  # uniform share
+DRAWING = 0.01  # uniform share
+CLOSE_SIDE = 256  # pixels of the longer side at which drawings are laid over each other once more
+REFINED = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 30, 1e-4)  # what ends the refinement: steps, gain
+BLANK_EDGE, OUTSIDE = 0.95, 0.02  # shares: of a picture's edge that is blank, of what lies around it that is not
 DRAWING_SCORE = 0.85
 DRAWING_EVIDENCE = 12
 SAME_FRAME = 0.9
@@ -135,10 +140,11 @@ class Alignment:
     overlap: float  # share of the picture that is covered more; 1 = one of them lies wholly inside the other
     covered: float  # share of the other one
     places: float  # windows of the overlap that have texture
-    uniform: float  # share of the overlap without as much as noise, in the picture that has more of it
+    uniform: float  # share of the overlap without as much as noise, in the picture that has less of it
     agreement: float  # share of the textured places with the same pattern
     unexplained: float  # share of the agreeing places whose colour no common tone curve, fading or tint explains
     recoloured: float  # share of them with another colour
+    composed: bool  # the picture that is covered more ends in blank paper, but the other one goes on around it
 
     @property
     def score(self) -> float:
@@ -147,11 +153,7 @@ class Alignment:
 
 def align(a: np.ndarray, b: np.ndarray, found: Match) -> Alignment:
     """uint8 (H, W, 3) twice and their Match → Alignment. The frame is the picture that is covered more."""
-    if found.mirrored:
-        a = a[:, ::-1]
-    back = np.linalg.inv(found.transform)
-    of_a, of_b = _coverage(a.shape, b.shape, found.transform), _coverage(b.shape, a.shape, back)
-    frame, other, onto = (a, b, found.transform) if of_a >= of_b else (b, a, back)
+    frame, other, onto, overlap, covered = _choose_frame(a, b, found)
     x = _shrink(frame, SIDE)  # (h, w, 3)
     y, inside = _lay_over(other, onto, x.shape[:2])
     agrees, textured, uniform = _compare_patterns(x[..., 0], y[..., 0])
@@ -160,27 +162,31 @@ def align(a: np.ndarray, b: np.ndarray, found: Match) -> Alignment:
     known = inside & (agrees | ~textured) & ~ground
     unexplained, recoloured = _compare_colours(_blur(x, COLOUR_WINDOW), _blur(y, COLOUR_WINDOW), known)
     return Alignment(
-        overlap=max(of_a, of_b),
-        covered=min(of_a, of_b),
+        overlap=overlap,
+        covered=covered,
         places=float(textured.sum() / WINDOW**2),
-        uniform=float(uniform[:, inside].mean(axis=1).max()) if inside.any() else 1.0,
+        uniform=float(uniform[:, inside].mean(axis=1).min()) if inside.any() else 1.0,
         agreement=float(agrees[textured].mean()) if textured.any() else 0.0,
         unexplained=unexplained,
         recoloured=recoloured,
+        composed=_is_composed(x.shape, uniform[0], other, onto),
     )
 
 
 def classify(found: Match, alignment: Alignment, *, strict: bool = False) -> str | None:
     """`copy`, `same-scene` or None: nothing that is worth a word. strict: judge as drawings are judged.
 
-    Drawings (a tenth of the overlap is one even colour, which no camera gives) carry their meaning in few lines and
-    colours: both must agree nearly everywhere. Two drawings in the same frame are for `verify.is_same_picture`.
+    Drawings (a hundredth of the overlap is one even colour in both, which no camera gives) carry their meaning in few
+    lines and colours: both must agree nearly everywhere, and up close (`lay_closely`). They are put together from
+    others: a head that ends in blank paper is no crop of a figure.
     """
     wide = alignment.overlap >= (SAME_FRAME if strict else MIN_OVERLAP)  # a pattern that repeats fits itself, moved
     enough = wide and alignment.places >= MIN_PLACES and found.inliers >= MIN_EVIDENCE
+    enough &= alignment.unexplained <= REPAINTED or alignment.recoloured > MOST
     if strict or alignment.uniform > DRAWING:
         plain = alignment.agreement * (1 - alignment.recoloured)
         sure = found.inliers >= DRAWING_EVIDENCE and min(plain, alignment.score) >= DRAWING_SCORE
+        sure &= not alignment.composed
     else:
         sure = alignment.score >= (SURE_SCORE if found.inliers >= SURE_INLIERS else COPY_SCORE)
     if enough and sure:
@@ -189,8 +195,31 @@ def classify(found: Match, alignment: Alignment, *, strict: bool = False) -> str
 
 
 def needs_close_look(alignment: Alignment, *, strict: bool = False) -> bool:
-    """Whether the whole of both pictures overlaps, and they look drawn, or all are to be judged as if they were."""
-    return alignment.covered >= SAME_FRAME and (strict or alignment.uniform > DRAWING)
+    """Whether they look drawn, or are to be judged as if they were."""
+    return strict or alignment.uniform > DRAWING
+
+
+def lay_closely(a: np.ndarray, b: np.ndarray, found: Match) -> tuple[np.ndarray, np.ndarray]:
+    """The picture that is covered more and the other one laid onto it, uint8 (h, w, 3) twice; equal beyond its edge.
+
+    Features place a line by a pixel or so, which is too far off for thin ones, so that the fit is refined by enhanced
+    correlation (Evangelidis & Psarakis 2008).
+    """
+    frame, other, onto, _, _ = _choose_frame(a, b, found)
+    side = min(CLOSE_SIDE, max(frame.shape[:2]))
+    x = _resize(frame, side)
+    zoom = np.sqrt(abs(np.linalg.det(onto[:2, :2]))) / abs(onto[2, 2])
+    y = _resize(other, min(max(16.0, side / zoom), max(other.shape[:2])))
+    pixels = _in_pixels(onto, x.shape, y.shape).astype(np.float32)
+    grey_x, grey_y = (cv2.cvtColor(each, cv2.COLOR_RGB2GRAY) for each in (x, y))
+    with suppress(cv2.error):  # when the two have nothing in common there, or it does not converge
+        _, refined = cv2.findTransformECC(grey_x, grey_y, pixels.copy(), cv2.MOTION_HOMOGRAPHY, REFINED)
+        pixels = np.asarray(refined)
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    laid = cv2.warpPerspective(y, pixels, x.shape[1::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    there = cv2.warpPerspective(np.ones(y.shape[:2], np.uint8), pixels, x.shape[1::-1], flags=flags)
+    inside = cv2.erode(there, np.ones((3, 3), np.uint8), borderValue=1).astype(bool)
+    return x, np.where(inside[..., None], laid, x)
 
 
 def orientation(found: Match) -> int:
@@ -209,6 +238,25 @@ def invert(transform: list[float], orientation: str, width_a: float, width_b: fl
     return matrix.ravel().tolist()
 
 
+def _choose_frame(
+    a: np.ndarray, b: np.ndarray, found: Match
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, float]:
+    """The picture that is covered more, the other one, the map from the first to it, and the share covered of each."""
+    if found.mirrored:
+        a = a[:, ::-1]
+    back = np.linalg.inv(found.transform)
+    of_a, of_b = _coverage(a.shape, b.shape, found.transform), _coverage(b.shape, a.shape, back)
+    return (a, b, found.transform, of_a, of_b) if of_a >= of_b else (b, a, back, of_b, of_a)
+
+
+def _in_pixels(onto: np.ndarray, frame: tuple[int, ...], other: tuple[int, ...]) -> np.ndarray:
+    """A map between longer sides → between the pixels of a frame and of another picture of these shapes, (3, 3)."""
+    half = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # where the centre of a pixel is
+    to_sides, from_sides = (np.diag([1 / max(shape[:2]), 1 / max(shape[:2]), 1.0]) @ half for shape in (frame, other))
+    pixels = np.linalg.inv(from_sides) @ onto @ to_sides
+    return pixels / pixels[2, 2]
+
+
 def _coverage(shape: tuple[int, ...], onto: tuple[int, ...], transform: np.ndarray) -> float:
     """Share of a picture of `shape` that lands on one of shape `onto`."""
     corners = _carry(transform, _corners(shape)).astype(np.float32)
@@ -223,10 +271,13 @@ def _corners(shape: tuple[int, ...]) -> np.ndarray:
 
 def _shrink(pixels: np.ndarray, side: float) -> np.ndarray:
     """uint8 (H, W, 3) → float32 (h, w, 3) luma, Cr, Cb of 0 … 1, longer side `side`."""
+    return cv2.cvtColor(_resize(pixels, side).astype(np.float32) / 255, cv2.COLOR_RGB2YCrCb)
+
+
+def _resize(pixels: np.ndarray, side: float) -> np.ndarray:
     scale = side / max(pixels.shape[:2])
     size = (max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale)))
-    small = cv2.resize(np.ascontiguousarray(pixels), size, interpolation=cv2.INTER_AREA)
-    return cv2.cvtColor(small.astype(np.float32) / 255, cv2.COLOR_RGB2YCrCb)
+    return cv2.resize(np.ascontiguousarray(pixels), size, interpolation=cv2.INTER_AREA)
 
 
 def _lay_over(other: np.ndarray, onto: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -236,13 +287,29 @@ def _lay_over(other: np.ndarray, onto: np.ndarray, shape: tuple[int, int]) -> tu
     """
     zoom = np.sqrt(abs(np.linalg.det(onto[:2, :2]))) / abs(onto[2, 2])
     small = _shrink(other, min(max(16.0, SIDE / zoom), max(other.shape[:2])))  # no finer than the frame shows it
-    unit, size = np.diag([1 / max(shape), 1 / max(shape), 1.0]), max(small.shape)
-    pixels = np.diag([size, size, 1.0]) @ onto @ unit  # of the frame → of the small picture
+    pixels = _in_pixels(onto, shape, small.shape)
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     laid = cv2.warpPerspective(small, pixels, shape[::-1], flags=flags, borderMode=cv2.BORDER_REPLICATE)
     there = cv2.warpPerspective(np.ones(small.shape[:2], np.uint8), pixels, shape[::-1], flags=flags)
     margin = np.ones((WINDOW // 2, WINDOW // 2), np.uint8)
     return laid, cv2.erode(there, margin, borderValue=1).astype(bool)
+
+
+def _is_composed(shape: tuple[int, ...], uniform: np.ndarray, other: np.ndarray, onto: np.ndarray) -> bool:
+    """Is the edge of the frame blank, though there is something around it in the other picture?
+
+    shape: of the frame as it is compared; uniform: bool (h, w), where it is. onto: positions of the frame → of the
+    other picture.
+    """
+    edge = np.concatenate([uniform[0], uniform[-1], uniform[:, 0], uniform[:, -1]])
+    if edge.mean() < BLANK_EDGE:
+        return False
+    luma = _shrink(other, SIDE)[..., 0]
+    pixels = _in_pixels(onto, shape, luma.shape)
+    covered = cv2.warpPerspective(np.ones(shape[:2], np.uint8), pixels, luma.shape[::-1])
+    outside = ~cv2.dilate(covered, np.ones((WINDOW, WINDOW), np.uint8)).astype(bool)
+    varied = _blur(luma * luma) - _blur(luma) ** 2 >= UNIFORM**2
+    return bool((outside & varied).mean() > OUTSIDE)
 
 
 def _compare_patterns(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

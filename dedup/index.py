@@ -3,7 +3,7 @@
 In: OUT, with SRC where the run saw it. Out: an `Index`, for `match`. Reads no picture.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from dedup import vocabulary as vocabularies
 from dedup.fingerprint import DecodeOptions
 from dedup.reader import ROWS
 
+FEWEST = 1e-300  # has a logarithm
 COLUMNS = ["id", "source", *look.LOCATION, "caption", "width", "height", "status", "pixel_digest"]
 COLUMNS += ["phash", "dhash", "pdq", "cluster_id", "keep", "kept_id", "represents"]
 
@@ -47,7 +48,6 @@ class Dataset:
 
     src: Path
     decode: DecodeOptions
-    strict: bool  # a series: judge all as drawings are judged
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,7 +71,11 @@ class Chance:
         """
         if not len(self.scores) or max_false >= self.expected[0]:
             return -1.0
-        return float(np.interp(-np.log(max_false), -np.log(self.expected), self.scores))
+        return float(np.interp(-np.log(max(max_false, FEWEST)), -np.log(self.expected), self.scores))
+
+    def supports(self, max_false: float) -> bool:
+        """Whether so few can be told."""
+        return not len(self.scores) or bool(max_false >= self.expected[-1])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,26 +85,24 @@ class Index:
     out: Path
     dataset: Dataset
     encoder: Encoder
-    rows: pl.DataFrame  # COLUMNS of all rows of the manifest, and `said`: their captions by `fold`
+    rows: pl.DataFrame  # COLUMNS of all rows of the manifest; `strict`: in a series; `said`: their captions by `fold`
     ids: np.ndarray  # int64 (n,): the row of each vector
     vectors: np.ndarray  # int16 (n, d), of `products.quantise`
     background: np.ndarray  # float32 (n,)
     chance: Chance
     by_pixels: dict[str, int]  # known pixel digest → row
+    parts: list[str]  # names of files of features, see `Reader.write_parts`
 
     def places(self, ids: np.ndarray) -> list[tuple[Path, int] | None]:
         """Where the run may have left the features of these rows: a file that need not be there, and a number."""
-        position = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-        found: list[tuple[Path, int] | None] = []
-        for row, at in zip(ids.tolist(), position.tolist(), strict=True):
-            if len(self.ids) and self.ids[at] == row:
-                first = at - at % ROWS
-                part = self.rows["sha256"].gather(self.ids[first : first + ROWS])
-                name = hashing.digest("".join(part).encode())[:20]  # see `Reader.write_parts`
-                found.append((self.out / ".work" / "features-0" / f"{name}.npy", at % ROWS))
-            else:
-                found.append(None)
-        return found
+        position = np.searchsorted(self.ids, ids)
+        known = position < len(self.ids)
+        known[known] = self.ids[position[known]] == ids[known]
+        folder = self.out / ".work" / "features-0"
+        return [
+            (folder / self.parts[at // ROWS], at % ROWS) if there else None
+            for at, there in zip(position.tolist(), known.tolist(), strict=True)
+        ]
 
 
 def load(out: Path) -> Index:
@@ -120,30 +122,44 @@ def load(out: Path) -> Index:
             f"the embeddings of {out} were made elsewhere, so new pictures cannot be compared with them: run "
             f"`unmemorize dedup {src} --level copy --encoder local -o` with another folder"
         )
-    check_source(out, src, run["source"])
-    meta, ids, raw, background = vectors.read_embeddings(out, options["encoder"])
+    check_source(out, src, read_layout(run), run["source"])
+    meta, described, raw = vectors.read_embeddings(out, options["encoder"])
+    ids = described["id"].to_numpy()
     encoder = check_encoder(out, options, meta)
     rows = manifest.read(out, COLUMNS)
+    sha256 = rows["sha256"].gather(ids).to_list()
+    parts = [hashing.digest("".join(sha256[n : n + ROWS]).encode())[:20] for n in range(0, len(ids), ROWS)]
     known = rows.filter(pl.col("pixel_digest").is_not_null()).sort("keep", "id", descending=[False, True])
     search = counts.get("copy_search", {})
+    strict = pl.col("strict").fill_null(False)
+    rows = rows.join(described.select("id", "strict"), on="id", how="left", maintain_order="left")
     decode = DecodeOptions(options["max_pixels"], options["max_frames"], options["hash_decode"])
     return Index(
         out=out,
-        dataset=Dataset(src, decode, bool(search.get("series"))),
+        dataset=Dataset(src, decode),
         encoder=encoder,
-        rows=rows.with_columns(said=fold(rows["caption"])),
+        rows=rows.with_columns(strict, said=fold(rows["caption"])),
         ids=ids,
         vectors=products.quantise(raw),
-        background=background,
+        background=described["background"].to_numpy(),
         chance=read_chance(search.get("null") or {}, len(ids), 1 if options["encoder"] == "local" else 2),
         by_pixels=dict(zip(known["pixel_digest"], known["id"], strict=True)),
+        parts=[f"{name}.npy" for name in parts],
     )
 
 
-def check_source(out: Path, src: Path, stamps: list[str]) -> None:
+def read_layout(run: dict[str, Any]) -> sources.Layout:
+    """How the run read SRC: what the user has said, and where `sources.fetch` found the format and root of it."""
+    said: dict[str, Any] = run["options"]
+    found: dict[str, Any] = next(iter(run.get("layouts", [])), {})
+    layout = {field.name: said.get(field.name) for field in fields(sources.Layout)}
+    return sources.Layout(**layout | {"format": layout["format"] or found.get("format"), "root": found.get("root")})
+
+
+def check_source(out: Path, src: Path, layout: sources.Layout, stamps: list[str]) -> None:
     """Raise SourceError unless SRC is what the run saw: its pictures are what a query is compared with."""
     try:
-        shards = sources.list_shards(src)
+        shards = sources.list_shards(src, layout)
     except OSError as error:
         raise sources.SourceError(
             f"{src}, of which {out} was made, cannot be read ({error}): put it back, or run `unmemorize dedup` on it "

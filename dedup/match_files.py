@@ -59,11 +59,12 @@ def match_files(
     prompts: CSV with the columns file (or key) and prompt. jobs: worker processes, 0 = one per processor. Raises
     OSError or ValueError.
     """
-    pictures, out, folder = pictures.resolve(), out.resolve(), folder.resolve()
+    out, folder = out.resolve(), folder.resolve()
+    pictures, layout = sources.fetch(pictures, sources.Layout())
     if pictures == folder or pictures in folder.parents:
         raise pipeline.OptionsError(f"{folder} lies inside {pictures}: choose another folder with -o")
     told = pl.DataFrame(schema={"name": pl.String, "prompt": pl.String}) if prompts is None else read_prompts(prompts)
-    shards = list_shards(pictures)
+    shards = list_shards(pictures, layout)
     index = match.load(out)
     options = {"images": str(pictures), "against": str(out), "max_false_pairs": max_false_pairs}
     versions = {name: version(name) for name in pipeline.LIBRARIES}
@@ -93,15 +94,17 @@ def match_files(
         threshold = index.chance.threshold(max_false_pairs)
         searched = {"encoder": index.encoder.name, "rows": len(index.rows), "representatives": len(index.ids)}
         searched |= {"null": bool(len(index.chance.scores)), "floor": None if threshold <= -1 else threshold}
+        searched["series"] = int(index.rows["strict"].sum())
+        searched["supported"] = index.chance.supports(max_false_pairs)
         finished = {"options": options, "versions": versions, "search": searched, "counts": counts}
         manifest.write_json(folder / "match.json", finished)
     return finished
 
 
-def list_shards(pictures: Path) -> list[sources.Shard]:
-    """Of a folder, a tar shard, a pattern, or one picture file."""
-    if not pictures.is_file() or pictures.name.endswith((".tar", ".tar.gz", ".tgz")):
-        return sources.list_shards(pictures)
+def list_shards(pictures: Path, layout: sources.Layout) -> list[sources.Shard]:
+    """Of all that `sources.list_shards` takes, or of one picture file."""
+    if not pictures.is_file() or pictures.suffix.lower() not in images.SUFFIXES:
+        return sources.list_shards(pictures, layout)
     name = manifest.encode_name(os.fsencode(pictures.name))
     stamp = sources.digest_stamps([name, sources.stamp_file(pictures)])
     return [sources.Shard("folder", str(pictures.parent), None, (name,), (None,), stamp)]

@@ -14,6 +14,11 @@ import polars as pl
 from dedup import manifest
 
 CHECKED = 16_384  # vectors that are looked at together
+ROWS: manifest.Schema = {
+    "id": pl.Int64,  # row of the manifest that the vector is of
+    "background": pl.Float32,  # of `neighbours.measure_background`
+    "strict": pl.Boolean,  # among pictures that share features throughout: see docs/method.md, series
+}
 
 
 class EmbeddingError(ValueError):
@@ -36,13 +41,10 @@ def save(path: Path, array: np.ndarray) -> None:
     manifest.write_atomic(path, write)
 
 
-def write_embeddings(
-    out: Path, meta: dict[str, Any], ids: np.ndarray, vectors: np.ndarray, background: np.ndarray
-) -> None:
-    """`OUT/embeddings/<encoder>/`: 00000.npy … float16, ids.npy int64, background.npy float32 (of
-    `neighbours.measure_background`), and meta.json when all of it is there.
+def write_embeddings(out: Path, meta: dict[str, Any], rows: pl.DataFrame, vectors: np.ndarray) -> None:
+    """`OUT/embeddings/<encoder>/`: 00000.npy … float16, rows.parquet, and meta.json when all of it is there.
 
-    meta: `Encoder.meta()`; for vectors of another origin the same keys.
+    meta: `Encoder.meta()`; for vectors of another origin the same keys. rows: table ROWS.
     """
     folder = out / "embeddings" / meta["encoder"]
     (folder / "meta.json").unlink(missing_ok=True)
@@ -51,25 +53,27 @@ def write_embeddings(
         path.unlink()
     for number, start in enumerate(starts):
         save(folder / f"{number:05d}.npy", vectors[start : start + manifest.ROWS_PER_FILE].astype(np.float16))
-    save(folder / "ids.npy", ids.astype(np.int64))
-    save(folder / "background.npy", background.astype(np.float32))
+    manifest.write_parquet(folder / "rows.parquet", manifest.conform(rows, ROWS))
     manifest.write_json(folder / "meta.json", meta | {"rows": len(vectors)})
 
 
-def read_embeddings(out: Path, encoder: str) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
-    """meta, ids int64 (n,), vectors float16 (n, d), background float32 (n,). Raises EmbeddingError."""
+def read_embeddings(out: Path, encoder: str) -> tuple[dict[str, Any], pl.DataFrame, np.ndarray]:
+    """meta, table ROWS, vectors float16 (n, d). Raises EmbeddingError."""
     folder = out / "embeddings" / encoder
     if not (folder / "meta.json").exists():
         raise EmbeddingError(
             f"{out} holds no embeddings of {encoder}: run `unmemorize dedup SRC -o {out} --level copy`"
         )
     meta = manifest.read_json(folder / "meta.json")
-    ids, parts = _load(folder / "ids.npy"), [_load(path) for path in _parts(folder)]
-    background = _load(folder / "background.npy")
-    rows = {meta["rows"], sum(len(part) for part in parts), len(ids), len(background)}
-    if {part.shape[1:] for part in parts} != {(meta["dimension"],)} or len(rows) > 1:
+    try:
+        rows = pl.read_parquet(folder / "rows.parquet")
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise EmbeddingError(f"{folder / 'rows.parquet'} cannot be read ({error}): run again") from error
+    parts = [_load(path) for path in _parts(folder)]
+    counts = {meta["rows"], sum(len(part) for part in parts), len(rows)}
+    if {part.shape[1:] for part in parts} != {(meta["dimension"],)} or len(counts) > 1 or dict(rows.schema) != ROWS:
         raise EmbeddingError(f"{folder} is not what its meta.json says: remove it and run again")
-    return meta, np.array(ids), np.concatenate(parts), np.array(background)
+    return meta, rows, np.concatenate(parts)
 
 
 def check_same(out: Path, meta: dict[str, Any]) -> None:

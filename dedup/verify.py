@@ -102,7 +102,12 @@ def is_same_picture(a: Decoded, b: Decoded, orientation: int = 0) -> bool:
     turned = orient(b.pixels[None], orientation)[0]
     untouched = a.pixels.shape == turned.shape and LOSSY.isdisjoint((a.format, b.format))
     limit = MAX_LOSSLESS if untouched else MAX_LOSSY
-    return all(off <= most for off, most in zip(local_differences(a.pixels, turned), limit, strict=True))
+    return is_close(a.pixels, turned, limit)
+
+
+def is_close(a: np.ndarray, b: np.ndarray, limit: tuple[float, float]) -> bool:
+    """uint8 (H, W, 3) twice: whether colour and pattern are nowhere off by more than the limit."""
+    return all(off <= most for off, most in zip(local_differences(a, b), limit, strict=True))
 
 
 def local_differences(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:

@@ -267,9 +267,9 @@ def test_with_a_network_as_encoder(small: Path, tmp_path: Path) -> None:
 
 def test_with_vectors_that_somebody_else_made(small: Path, tmp_path: Path) -> None:
     expected = run(small, tmp_path / "local")
-    _, ids, found, _ = vectors.read_embeddings(tmp_path / "local", "local")
+    _, rows, found = vectors.read_embeddings(tmp_path / "local", "local")
     keys = [f"photos/{key}" for key in expected.rows]
-    assert len(ids) == len(keys)  # nothing is found by hash
+    assert len(rows) == len(keys)  # nothing is found by hash
     folder = tmp_path / "clip"
     for name in ("img_emb", "metadata"):
         (folder / name).mkdir(parents=True)

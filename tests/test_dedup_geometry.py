@@ -447,4 +447,45 @@ def test_drawings_in_the_same_frame_are_for_the_close_look() -> None:
     part = geometry.align(
         np.asarray(one), np.asarray(two.crop((0, 0, 200, 200))), Match(np.diag([1.28, 1.28, 1]), False, 100)
     )
-    assert not geometry.needs_close_look(part)
+    assert geometry.needs_close_look(part)
+    assert not verify.is_close(*geometry.lay_closely(np.asarray(one), np.asarray(two), found), verify.MAX_LOSSY)
+
+
+def test_what_overlaps_is_laid_closely_whatever_the_frame() -> None:
+    """A drawing, and a part of it at another scale, turned a little: equal but for a dot."""
+    whole = draw_circles(0)
+    turned = whole.rotate(4, Image.Resampling.BICUBIC, fillcolor="white").resize((420, 420), Image.Resampling.LANCZOS)
+    part = turned.crop((60, 60, 340, 330))
+    dotted = part.copy()
+    ImageDraw.Draw(dotted).ellipse((130, 130, 150, 150), fill=(200, 0, 0))
+    for other, same in ((part, True), (dotted, False)):
+        pixels = np.asarray(other)
+        found = match(np.asarray(whole), pixels)
+        assert found is not None
+        laid = geometry.lay_closely(np.asarray(whole), pixels, found)
+        assert laid[0].shape == laid[1].shape
+        assert verify.is_close(*laid, verify.MAX_LOSSY) == same
+
+
+def test_a_picture_put_into_another_drawing_is_no_crop_of_it() -> None:
+    head = draw_circles(0)
+    figure = Image.new("RGB", (320, 400), "white")
+    figure.paste(head, (30, 10))
+    trimmed = geometry.align(np.asarray(head), np.asarray(figure), Match(place(head, figure, (30, 10)), False, 100))
+    assert not trimmed.composed
+    ImageDraw.Draw(figure).rectangle((60, 300, 260, 390), fill=(40, 90, 200))
+    found = Match(place(head, figure, (30, 10)), False, 100)
+    alignment = geometry.align(np.asarray(head), np.asarray(figure), found)
+    assert alignment.composed
+    assert geometry.classify(found, alignment) == "same-scene"
+    cut = figure.crop((60, 60, 250, 250))  # through what is drawn
+    found = Match(place(cut, figure, (60, 60)), False, 100)
+    alignment = geometry.align(np.asarray(cut), np.asarray(figure), found)
+    assert not alignment.composed
+    assert geometry.classify(found, alignment) == "copy"
+
+
+def place(part: Image.Image, whole: Image.Image, corner: tuple[int, int]) -> np.ndarray:
+    """Positions of a part → of the whole, in their longer sides."""
+    scale, (x, y) = max(part.size) / max(whole.size), (each / max(whole.size) for each in corner)
+    return np.array([[scale, 0, x], [0, scale, y], [0, 0, 1]])

@@ -40,13 +40,13 @@ def write_external(
 def test_what_is_written_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(manifest, "ROWS_PER_FILE", 10)
     table, ids = unit(rows), np.arange(rows) * 3
-    vectors.write_embeddings(tmp_path, META, unit(40, seed=9)[:, :0], unit(40, seed=9), np.zeros(40))
-    vectors.write_embeddings(tmp_path, META, ids, table, ids / 7)  # fewer parts: none of the others stays
-    meta, ids_read, read, background = vectors.read_embeddings(tmp_path, "sscd")
+    described = pl.DataFrame({"id": ids, "background": ids / 7, "strict": ids % 2 == 0})
+    vectors.write_embeddings(tmp_path, META, pl.DataFrame({"id": range(40)}), unit(40, seed=9))
+    vectors.write_embeddings(tmp_path, META, described, table)  # fewer parts: none of the others stays
+    meta, rows_read, read = vectors.read_embeddings(tmp_path, "sscd")
     assert meta == META | {"rows": rows}
-    assert ids_read.tolist() == ids.tolist()
+    assert rows_read.equals(described.cast(vectors.ROWS))
     assert read.dtype == np.float16
-    np.testing.assert_array_equal(background, (ids / 7).astype(np.float32))
     np.testing.assert_array_equal(read, table.astype(np.float16))
 
 
@@ -60,7 +60,7 @@ def test_half_precision_moves_no_cosine_by_more_than_it_says() -> None:
 def test_unfinished_embeddings_are_none(tmp_path: Path) -> None:
     with pytest.raises(EmbeddingError, match="holds no embeddings of sscd"):
         vectors.read_embeddings(tmp_path, "sscd")
-    vectors.write_embeddings(tmp_path, META, np.arange(3), unit(3), np.zeros(3))
+    vectors.write_embeddings(tmp_path, META, pl.DataFrame({"id": range(3)}), unit(3))
     (tmp_path / "embeddings/sscd/00000.npy").unlink()
     with pytest.raises(EmbeddingError, match=r"is not what its meta.json says"):
         vectors.read_embeddings(tmp_path, "sscd")
@@ -69,7 +69,7 @@ def test_unfinished_embeddings_are_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["encoder", "weights_sha256", "preprocessing", "dimension"])
 def test_embeddings_of_another_encoder_are_refused(tmp_path: Path, key: str) -> None:
     vectors.check_same(tmp_path, META)
-    vectors.write_embeddings(tmp_path, META, np.arange(3), unit(3), np.zeros(3))
+    vectors.write_embeddings(tmp_path, META, pl.DataFrame({"id": range(3)}), unit(3))
     vectors.check_same(tmp_path, META)
     with pytest.raises(EmbeddingError, match=f"another {key}"):
         vectors.check_same(tmp_path, META | {key: "other"})
