@@ -140,7 +140,7 @@ class Alignment:
     overlap: float  # share of the picture that is covered more; 1 = one of them lies wholly inside the other
     covered: float  # share of the other one
     places: float  # windows of the overlap that have texture
-    uniform: float  # share of the overlap without as much as noise, in the picture that has less of it
+    uniform: float  # share of the overlap where both are one even colour, without as much as noise
     agreement: float  # share of the textured places with the same pattern
     unexplained: float  # share of the agreeing places whose colour no common tone curve, fading or tint explains
     recoloured: float  # share of them with another colour
@@ -165,7 +165,7 @@ def align(a: np.ndarray, b: np.ndarray, found: Match) -> Alignment:
         overlap=overlap,
         covered=covered,
         places=float(textured.sum() / WINDOW**2),
-        uniform=float(uniform[:, inside].mean(axis=1).min()) if inside.any() else 1.0,
+        uniform=float(ground[inside].mean()) if inside.any() else 1.0,
         agreement=float(agrees[textured].mean()) if textured.any() else 0.0,
         unexplained=unexplained,
         recoloured=recoloured,
