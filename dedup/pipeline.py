@@ -186,8 +186,8 @@ def _fingerprint(
             if unreadable:
                 bar.set_postfix_str(f"{unreadable} unreadable in the last shard")
     frames = [pl.read_parquet(work / f"{index:05d}.parquet") for index in range(len(shards))]
-    rows = pl.concat(frames).with_row_index("id").with_columns(pl.col("id").cast(pl.Int64))
-    return rows, [len(frame) for frame in frames]
+    table = pl.concat(frames).with_row_index("id").with_columns(pl.col("id").cast(pl.Int64))
+    return table, [len(frame) for frame in frames]
 
 
 def find_candidates(rows: pl.DataFrame, options: Options, jobs: int) -> pl.DataFrame:

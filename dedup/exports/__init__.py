@@ -2,9 +2,9 @@
 
 `dedup.export` decides the rows: a frame with the manifest's location of each row, `take` (whether it is exported),
 `text` (the caption that conversions write), and what is to be changed in the rows that are taken, where that is to be
-changed at all: `caption` (null: stays as it is), `captions`, `weight`. The modules here write: `same(src, shards, rows,
-dest)` what one file, or one folder, of the source becomes. They know nothing of why a row is taken. Bytes of images pass
-untouched, and their digest is compared with the manifest's on the way.
+changed at all: `caption` (null: stays as it is), `captions`, `weight`. The modules here write: `same(src, shards,
+rows, dest)` what one file, or one folder, of the source becomes. They know nothing of why a row is taken. Bytes of
+images pass untouched, and their digest is compared with the manifest's on the way.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -1,9 +1,10 @@
 """Any source → webdataset, parquet, Hugging Face or imagefolder. The bytes of images pass untouched.
 
 One file of output for each shard of the source that has rows to give, in order; an `imagefolder` has one file an image
-and one `metadata.jsonl`. Of each row go along: key, caption, source, width, height, sha256, and `captions` and `weight`
-where they are asked for. Other columns of the source stay behind. Names of samples are their keys without the suffix of the
-image; where these would not be different or safe names, all samples are named by the number of their row.
+and one `metadata.jsonl`. Of each row go along: key, caption, source, width, height, sha256, and `captions` and
+`weight` where they are asked for. Other columns of the source stay behind. Names of samples are their keys without the
+suffix of the image; where these would not be different or safe names, all samples are named by the number of their
+row.
 """
 
 import json

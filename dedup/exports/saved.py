@@ -1,7 +1,8 @@
 """Datasets of Hugging Face's `datasets`: `select` what is kept of each split, and `save_to_disk`.
 
 A `DatasetDict` stays one, its cache becomes one; images are never decoded. Images of which the dataset holds only the
-path are put into it, which is what `datasets` does on saving. What was saved is read again, and its digests are compared.
+path are put into it, which is what `datasets` does on saving. What was saved is read again, and its digests are
+compared.
 """
 
 import shutil

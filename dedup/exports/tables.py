@@ -1,8 +1,8 @@
 """Tables: the rows that are kept, as they are written. Serves tables of paths, metadata files, img2dataset's lists.
 
 CSV, TSV and JSONL are filtered as text, so that a row that stays keeps its bytes; parquet keeps columns, types,
-metadata, row groups and compression. New is only what a policy asks for: another value in the caption column, and the columns
-`captions` (in CSV and TSV as JSON) and `weight`.
+metadata, row groups and compression. New is only what a policy asks for: another value in the caption column, and the
+columns `captions` (in CSV and TSV as JSON) and `weight`.
 """
 
 import csv
