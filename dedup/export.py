@@ -126,7 +126,8 @@ def choose_rows(rows: pl.DataFrame, options: Options) -> pl.DataFrame:
     group = rows.select(owner_id="id", group_captions="captions", stands="represents")
     rows = rows.with_columns(owner_id=owner).join(group, on="owner_id", how="left", maintain_order="left")
     said = pl.col("group_captions").fill_null(pl.lit([], pl.List(pl.String)))
-    longest = said.list.eval(pl.element().sort_by(-pl.element().str.len_chars(), maintain_order=True)).list.first()
+    length = pl.element().str.len_chars()
+    longest = said.list.eval(pl.element().sort_by(length, descending=True, maintain_order=True)).list.first()
     text = longest.fill_null(pl.col("caption")) if options.captions == "longest" else pl.col("caption")
     chosen = rows.with_columns(take=pl.col("status") == "ok" if options.rows != "kept" else pl.col("keep"), text=text)
     changed: dict[str, pl.Expr] = {}

@@ -26,7 +26,7 @@ from dedup.export import MARK, Options, export, keep
 from dedup.exports import ExportError
 from dedup.pipeline import Options as DedupOptions
 from dedup.pipeline import deduplicate
-from dedup.sources import Layout, SourceError, webdataset
+from dedup.sources import Layout, SourceError
 from eval.cli import app
 
 
@@ -374,3 +374,333 @@ def test_addresses(made: tuple[str, Path, Path], tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "dest" / "urls.parquet")
     assert table.column("url").to_pylist() == [URLS[number] for number in KEPT]
     assert table.column("caption").to_pylist() == [CAPTIONS[number] for number in KEPT]
+
+
+# --- the same format -----------------------------------------------------------------------------------------------
+
+
+def dedup(folder: Path, make: str) -> tuple[Path, Path]:
+    """SRC and OUT."""
+    src, layout = SOURCES[make](folder)
+    deduplicate(src, folder / "out", DedupOptions(layout=layout), jobs=1)
+    return src, folder / "out"
+
+
+def read_tar(path: Path) -> list[tuple[str, bytes, float]]:
+    with tarfile.open(path) as archive:
+        return [(info.name, archive.extractfile(info).read(), info.mtime) for info in archive]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_shard_of_which_all_is_kept_is_the_same_file(tmp_path: Path, kind: int) -> None:
+    """Long names, folders, global headers and all."""
+    (tmp_path / "src").mkdir()
+    path = tmp_path / "src" / "x.tar"
+    with tarfile.open(path, "w", format=kind, pax_headers={"comment": "of all"}) as archive:
+        folder = tarfile.TarInfo("d" * 90)
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for number, seed in enumerate([0, 1, 2]):
+            for suffix, data in (("png", picture(seed)), ("txt", b"c"), ("cls", b"7")):
+                info = tarfile.TarInfo(f"{'d' * 90}/{'k' * 60}{number}.{suffix}")
+                info.size, info.mtime, info.uname = len(data), 1_600_000_000, "me"
+                archive.addfile(info, io.BytesIO(data))
+    deduplicate(tmp_path / "src", tmp_path / "out", DedupOptions(), jobs=1)
+    export(tmp_path / "out", tmp_path / "dest", jobs=1)
+    assert (tmp_path / "dest" / "x.tar").read_bytes() == path.read_bytes()
+
+
+def test_members_of_kept_samples_are_copied_as_they_are(tmp_path: Path) -> None:
+    src, out = dedup(tmp_path, "tars")
+    export(out, tmp_path / "dest", jobs=1)
+    for name, gone in (("00000.tar", {"k/0002"}), ("00001.tar", {"k/0003", "k/0005"})):
+        expected = [member for member in read_tar(src / name) if member[0].partition(".")[0] not in gone]
+        assert read_tar(tmp_path / "dest" / name) == expected
+        assert len(expected) in (8, 3)
+
+
+def test_a_gzipped_shard_stays_one(tmp_path: Path) -> None:
+    _, out = dedup(tmp_path, "gzipped tar")
+    export(out, tmp_path / "dest", jobs=1)
+    data = (tmp_path / "dest" / "00000.tar.gz").read_bytes()
+    assert data[:2] == b"\x1f\x8b"
+    assert data[4:8] == bytes(4)  # no time
+
+
+def test_the_list_of_img2dataset_goes_along(tmp_path: Path) -> None:
+    src, out = dedup(tmp_path, "img2dataset")
+    export(out, tmp_path / "dest", jobs=1)
+    before = pl.read_parquet(src / "00000.parquet")
+    assert pl.read_parquet(tmp_path / "dest" / "00000.parquet").equals(before[KEPT])
+
+
+def test_a_sample_with_several_images_stays_whole_while_one_is_kept(tmp_path: Path) -> None:
+    """And says how many go along; hidden members belong to no sample."""
+    members = {"._a.png": b"of macOS", "a.png": picture(0), "a.mask.png": picture(9), "b.png": picture(1)}
+    members |= {"b.mask.png": picture(9), "c.png": picture(1), "c.mask.png": picture(9)}
+    (tmp_path / "src").mkdir()
+    with tarfile.open(tmp_path / "src" / "x.tar", "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    deduplicate(tmp_path / "src", tmp_path / "out", DedupOptions(), jobs=1)
+    counts = export(tmp_path / "out", tmp_path / "dest", jobs=1)
+    assert [name for name, *_ in read_tar(tmp_path / "dest" / "x.tar")] == list(members)[:5]
+    assert (counts["exported"], counts["exported_beside"]) == (3, 1)
+
+
+def test_a_cut_shard_gives_what_the_manifest_knows(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    whole = pack([0, 1, 4])
+    (tmp_path / "src" / "x.tar").write_bytes(whole[: whole.rindex(picture(2)) + 100])
+    deduplicate(tmp_path / "src", tmp_path / "out", DedupOptions(), jobs=1)
+    for format_ in ("same", "parquet"):
+        export(tmp_path / "out", tmp_path / format_, Options(format_), jobs=1)
+    assert {name.partition(".")[0] for name, *_ in read_tar(tmp_path / "same" / "x.tar")} == {"k/0000", "k/0001"}
+    check(list(read_parquet(tmp_path / "parquet")), [0, 1], CAPTIONS)
+
+
+def test_files_are_linked_and_what_lies_beside_them_too(tmp_path: Path) -> None:
+    src, out = dedup(tmp_path, "folder")
+    export(out, tmp_path / "dest", jobs=1)
+    names = sorted(path.relative_to(tmp_path / "dest").as_posix() for path in (tmp_path / "dest").rglob("*.*"))
+    assert names == [
+        MARK,
+        *(f"sub/p{n}.{s}" for n in (0, 1) for s in ("json", "png", "txt")),
+        "sub/p4.json",
+        "sub/p4.png",
+    ]
+    assert all((tmp_path / "dest" / name).samefile(src / name) for name in names[1:])
+
+
+def test_files_are_copied_where_links_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    src, out = dedup(tmp_path, "folder")
+
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    export(out, tmp_path / "dest", jobs=1)
+    assert not (tmp_path / "dest/sub/p0.png").samefile(src / "sub/p0.png")
+    check(list(read_folder(tmp_path / "dest")), KEPT, CAPTIONS)
+
+
+@pytest.mark.parametrize(("make", "name"), [("csv", "shop.csv"), ("tsv", "shop.tsv"), ("jsonl", "shop.jsonl")])
+def test_rows_of_a_table_keep_their_text(tmp_path: Path, make: str, name: str) -> None:
+    """Each row of what is kept stands in the source letter for letter."""
+    src, out = dedup(tmp_path, make)
+    export(out, tmp_path / "dest", jobs=1)
+    whole, found = src.read_bytes(), (tmp_path / "dest" / name).read_bytes()
+    rows = [f"s{number}".encode() for number in KEPT]
+    assert [row in found for row in rows] == [True] * 3
+    assert len(found.splitlines()) == 3 + (make != "jsonl")
+    assert all(line in whole.splitlines() for line in found.splitlines())
+    assert (b"\r\n" in found) == (make == "csv")
+
+
+def test_parquet_keeps_types_groups_and_compression(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    path = tmp_path / "src" / "x.parquet"
+    table = pa.table(
+        {
+            "image": [picture(n % 4) for n in range(6)],
+            "text": pa.array(["a"] * 6).dictionary_encode(),
+            "box": [[n, n + 1] for n in range(6)],
+            "when": pa.array(range(6), pa.timestamp("us", "UTC")),
+        }
+    ).replace_schema_metadata({"made": "here"})
+    pq.write_table(table, path, row_group_size=3, compression={"image": "NONE", "text": "ZSTD", "when": "GZIP"})
+    deduplicate(tmp_path / "src", tmp_path / "out", DedupOptions(), jobs=1)
+    export(tmp_path / "out", tmp_path / "dest", jobs=1)
+    found = pq.ParquetFile(tmp_path / "dest" / "x.parquet")
+    assert found.read().equals(pq.read_table(path)[:4], check_metadata=True)
+    assert [found.metadata.row_group(n).num_rows for n in range(2)] == [3, 1]
+    codecs = [found.metadata.row_group(0).column(n).compression for n in (0, 1, 3)]
+    assert codecs == ["UNCOMPRESSED", "ZSTD", "GZIP"]
+
+
+def test_a_dataset_that_was_loaded_is_given_back_with_its_images(tmp_path: Path) -> None:
+    """What `datasets` makes of a folder: the cache holds paths only, the export the images themselves."""
+    src, _ = make_imagefolder(tmp_path)
+    (src / "p3.png").unlink()
+    text = (src / "metadata.csv").read_text()
+    (src / "metadata.csv").write_text("".join(row for row in text.splitlines(keepends=True) if "p3.png" not in row))
+    deduplicate(src, tmp_path / "out", DedupOptions(layout=Layout("huggingface")), jobs=1)
+    counts = export(tmp_path / "out", tmp_path / "dest", jobs=1)
+    assert counts["exported"] == 3
+    check(list(read_saved(tmp_path / "dest")), KEPT, CAPTIONS)
+
+
+# --- conversions ---------------------------------------------------------------------------------------------------
+
+
+def write_tars(folder: Path, shards: dict[str, dict[str, bytes]]) -> Path:
+    (folder / "src").mkdir()
+    for name, members in shards.items():
+        with tarfile.open(folder / "src" / name, "w") as archive:
+            for member, data in members.items():
+                info = tarfile.TarInfo(member)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    return folder / "src"
+
+
+@pytest.mark.parametrize(
+    "keys", [("a", "a"), ("a", "A"), ("../../x", "b"), ("/tmp/x", "b"), ("a", "a/b"), ("a" * 250, "b"), ("a//b", "c")]
+)
+def test_keys_that_are_no_names_become_numbers(tmp_path: Path, keys: tuple[str, str]) -> None:
+    """Equal keys in two shards, and names that would leave DEST."""
+    shards = {f"{n}.tar": {f"{key}.png": picture(n)} for n, key in enumerate(keys)}
+    deduplicate(write_tars(tmp_path, shards), tmp_path / "out", DedupOptions(), jobs=1)
+    before = {path for path in tmp_path.rglob("*") if "dest" not in path.parts}
+    export(tmp_path / "out", tmp_path / "dest", Options("imagefolder"), jobs=1)
+    rows = pl.read_ndjson(tmp_path / "dest" / "metadata.jsonl")
+    assert rows["file_name"].to_list() == ["000000000.png", "000000001.png"]
+    assert rows["key"].to_list() == list(keys)
+    assert {path for path in tmp_path.rglob("*") if path.name != "dest" and "dest" not in path.parts} == before
+    assert sorted(p.name for p in (tmp_path / "dest").iterdir()) == [MARK, *rows["file_name"], "metadata.jsonl"]
+
+
+def test_a_folder_becomes_a_webdataset_whose_keys_are_its_paths(tmp_path: Path) -> None:
+    _, out = dedup(tmp_path, "folder")
+    export(out, tmp_path / "dest", Options("webdataset"), jobs=1)
+    samples = list(wds.WebDataset(str(tmp_path / "dest" / "00000.tar"), shardshuffle=False).decode())
+    assert [sample["__key__"] for sample in samples] == [f"sub/p{number}" for number in KEPT]
+    assert samples[0]["json"]["key"] == "sub/p0.png"
+    assert samples[0]["json"]["caption"] == samples[0]["txt"] == CAPTIONS[0]
+    loaded = datasets.load_dataset("webdataset", data_files=str(tmp_path / "dest" / "*.tar"), split="train")
+    assert loaded.column_names[:3] == ["png", "txt", "json"]
+    assert len(loaded) == 3
+
+
+# --- refusals and interruptions ------------------------------------------------------------------------------------
+
+
+def test_where_an_export_may_not_be_written(tmp_path: Path) -> None:
+    src, out = dedup(tmp_path, "folder")
+    for dest, why in ((src / "new", "lies inside the source"), (src, "inside the source"), (out / "x", "results of")):
+        with pytest.raises(ExportError, match=why):
+            export(out, dest)
+        assert not (dest / MARK).exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("")
+    with pytest.raises(ExportError, match="is not empty"):
+        export(out, tmp_path / "full")
+    with pytest.raises(ExportError, match="alpha"):
+        export(out, tmp_path / "dest", Options(alpha=float("nan")))
+    with pytest.raises(manifest.ManifestError, match="holds no finished dedup run"):
+        export(tmp_path / "nothing", tmp_path / "dest")
+
+
+def test_a_source_that_changed_is_refused(tmp_path: Path) -> None:
+    src, out = dedup(tmp_path, "tars")
+    (src / "00002.tar").write_bytes(pack([1]))
+    with pytest.raises(SourceError, match="has changed since"):
+        export(out, tmp_path / "dest")
+    assert not (tmp_path / "dest").exists()
+
+
+@pytest.mark.parametrize("format_", ["same", *READ])
+def test_other_bytes_under_the_same_stamp_are_seen(made: tuple[str, Path, Path], tmp_path: Path, format_: str) -> None:
+    """Size and time are as they were: only the digest tells. What is complete in DEST is right."""
+    name, src, out = made
+    if name == "gzipped tar" or (name in ("csv", "tsv", "jsonl", "table in parquet") and format_ == "same"):
+        return  # compressed bytes do not lie as they are; images of a table are not copied
+    folder = tmp_path / "images" if (tmp_path / "images").exists() else src
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        data, stat = path.read_bytes(), path.stat()
+        if (at := data.find(picture(1))) >= 0:
+            path.write_bytes(data[: at + 60] + bytes([data[at + 60] ^ 1]) + data[at + 61 :])
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(SourceError, match="holds other bytes than when") as caught:
+        export(out, tmp_path / "dest", Options(format_), jobs=1)
+    assert "\n" not in str(caught.value)
+    assert "disk" not in str(caught.value)
+
+
+@pytest.mark.parametrize("format_", ["same", *READ])
+def test_the_same_command_goes_on_where_it_was_stopped(
+    made: tuple[str, Path, Path], tmp_path: Path, format_: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And ends in the bytes of an export that nobody stopped; other options are refused."""
+    _, _, out = made
+    export(out, tmp_path / "whole", Options(format_), jobs=1)
+    check_bytes = exports.check_bytes
+    seen = 0
+
+    def stop(*arguments: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 2:
+            raise KeyboardInterrupt
+        check_bytes(*arguments)
+
+    for module in (exports, exports.tars, exports.folders, exports.parquets, exports.saved):
+        monkeypatch.setattr(module, "check_bytes", stop)
+    try:
+        export(out, tmp_path / "dest", Options(format_), jobs=1)
+    except KeyboardInterrupt:
+        with pytest.raises(ExportError, match="with other options"):
+            export(out, tmp_path / "dest", Options(format_, "all"), jobs=1)
+    counts = export(out, tmp_path / "dest", Options(format_), jobs=1)
+    files = {path.relative_to(tmp_path / "whole"): path for path in (tmp_path / "whole").rglob("*") if path.is_file()}
+    found = {path.relative_to(tmp_path / "dest"): path for path in (tmp_path / "dest").rglob("*") if path.is_file()}
+    assert found.keys() == files.keys()
+    assert all(found[name].read_bytes() == files[name].read_bytes() for name in files)
+    seen = -1_000
+    assert export(out, tmp_path / "dest", Options(format_), jobs=1) == counts  # done already
+    assert seen == -1_000
+
+
+# --- filters at load time ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_filters_for_loaders(tmp_path: Path, copied: bool) -> None:
+    """Of OUT itself, or of an index that was exported: webdataset `.select`, `datasets`, torch."""
+    src, out = dedup(tmp_path, "tars")
+    if copied:
+        export(out, tmp_path / "index", Options("index"), jobs=1)
+        out = tmp_path / "index"
+        assert (out / "keys.txt").read_text() == "00000.tar:k/0000\n00000.tar:k/0001\n00001.tar:k/0004\n"
+        assert pl.read_parquet(out / "index.parquet")["keep"].to_list() == [n in KEPT for n in range(6)]
+    kept = keep(out)
+    shards = sorted(str(path) for path in src.glob("*.tar"))
+    found = wds.WebDataset(shards, shardshuffle=False).select(kept)
+    assert [sample["png"] for sample in found] == [DATA[number] for number in KEPT]
+    assert list(torch.utils.data.Subset(DATA, kept.indices())) == [DATA[number] for number in KEPT]
+    assert kept.keys() == {"k/0000", "k/0001", "k/0004"}
+
+
+def test_equal_keys_in_two_shards_are_told_apart(tmp_path: Path) -> None:
+    shards = {"a.tar": {"k.png": picture(0)}, "b.tar": {"k.png": picture(0), "l.png": picture(1)}}
+    src = write_tars(tmp_path, shards)
+    deduplicate(src, tmp_path / "out", DedupOptions(), jobs=1)
+    samples = wds.WebDataset(sorted(map(str, src.glob("*.tar"))), shardshuffle=False).select(keep(tmp_path / "out"))
+    assert [(Path(one["__url__"]).name, one["__key__"]) for one in samples] == [("a.tar", "k"), ("b.tar", "l")]
+
+
+def test_numbers_of_rows_for_datasets(tmp_path: Path) -> None:
+    src, out = dedup(tmp_path, "datasets, splits")
+    kept = keep(out)
+    for split, numbers in (("train", [0, 1]), ("test", [4])):
+        part = datasets.load_from_disk(src)[split].select(kept.indices(split))
+        check(list(read_rows(part)), numbers, CAPTIONS)
+    chosen = set(kept.indices("train"))
+    undecoded = datasets.load_from_disk(src)["train"].cast_column(
+        "image", datasets.Image(decode=False)
+    )  # one is broken
+    filtered = undecoded.filter(lambda _, n: n in chosen, with_indices=True)
+    check(list(read_rows(filtered.cast_column("image", datasets.Image()))), [0, 1], CAPTIONS)
+    with pytest.raises(ExportError, match="there are test, train"):
+        kept.indices("validation")
+
+
+def test_the_verb(tmp_path: Path) -> None:
+    _, out = dedup(tmp_path, "tars")
+    done = CliRunner().invoke(app, ["export", str(out), str(tmp_path / "dest"), "--jobs", "1"])
+    assert done.output == f"3 of 6 rows exported: {tmp_path / 'dest'}.\n"
+    words = ["export", str(out), str(tmp_path / "all"), "--rows", "weighted", "--alpha", "0", "--jobs", "1", "--json"]
+    assert json.loads(CliRunner().invoke(app, words).output) == {"rows": 6, "exported": 5, "exported_beside": 0}
+    assert {sample["weight"] for sample in read_webdataset(tmp_path / "all")} == {1.0}

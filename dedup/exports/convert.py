@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 HELD = 1 << 26  # bytes of images in memory before they are written
-NAME = 200  # characters of a part of a name, at most: file systems take 255 bytes
+NAME = 200  # bytes of a part of a name, at most: file systems take 255 bytes
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}  # other formats are named as they are
 META = ["key", "caption", "source", "width", "height", "sha256", "captions", "weight"]
 
@@ -37,9 +37,9 @@ def name_samples(rows: pl.DataFrame) -> pl.DataFrame:
     """Add `name` and `suffix` to the rows that are taken, null on the others: different, and safe as names of files."""
     chosen = rows.filter("take")
     names = [_strip(key) for key in chosen["key"]]
-    parts = [part for name in names for part in name.split("/")]
+    parts = [part for key in chosen["key"] for part in key.split("/")]
     folders = {name.rpartition("/")[0] for name in names}
-    sound = all(part.strip(" ") and len(part) <= NAME and len(part.encode()) <= NAME for part in parts)
+    sound = all(part.strip(" .") and len(part.encode()) <= NAME for part in parts)
     if len({name.lower() for name in names}) < len(names) or not sound or folders & set(names):
         names = [f"{number:09d}" for number in chosen["id"]]
     suffixes = chosen["format"].replace_strict(SUFFIXES, default=chosen["format"].str.to_lowercase())
