@@ -20,6 +20,7 @@ from dedup.exports.folders import is_image, link_file
 from dedup.exports.tars import make_member, write_archive
 from dedup.manifest import decode_name, write_atomic, write_json
 from dedup.sources import Shard, find_root
+from dedup.sources.webdataset import BUFFER
 
 if TYPE_CHECKING:
     import datasets
@@ -67,7 +68,7 @@ def write_webdataset(src: Path, shard: Shard, rows: pl.DataFrame, dest: Path, nu
             yield make_member(f"{row['name']}.json", json.dumps(describe(row), ensure_ascii=False).encode())
 
     def write(temporary: Path) -> None:
-        with temporary.open("wb") as out:
+        with temporary.open("wb", BUFFER) as out:
             write_archive(out, read())
 
     write_file(dest / f"{number:05d}.tar", write)
@@ -155,8 +156,8 @@ def write_imagefolder(src: Path, shard: Shard, rows: pl.DataFrame, dest: Path, n
             source = root / os.fsdecode(decode_name(row["shard"] or row["key"]))
             link_file(source, place(dest, f"{row['name']}.{row['suffix']}"), row["sha256"])
         return
-    for row, data in read_taken(shard, rows):
-        _write_bytes(place(dest, f"{row['name']}.{row['suffix']}"), data)
+    for named, data in read_taken(shard, rows):
+        _write_bytes(place(dest, f"{named['name']}.{named['suffix']}"), data)
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

@@ -50,7 +50,7 @@ def same(src: Path, shards: Sequence[Shard], rows: pl.DataFrame, dest: Path) -> 
         compressed = handle.read(2) == GZIP
 
     def write(temporary: Path) -> None:
-        with temporary.open("wb") as plain:
+        with temporary.open("wb", BUFFER) as plain:
             if compressed:
                 with gzip.GzipFile("", "wb", LEVEL, plain, mtime=0) as packed:
                     write_archive(packed, _read_blocks(source, wanted, damaged=damaged))
@@ -83,13 +83,21 @@ def _read_blocks(source: Path, wanted: Mapping[int, tuple[str, Changes]], *, dam
             check_bytes(member.data or b"", sha256, f"{source}: {member.name.decode(errors='replace')}")
         found += len(chosen)
         change = chosen[0][2] if chosen else {}
+        blocks: list[bytes] = []  # one piece a sample: writing many small ones takes longer than all the rest
         for extension, member in sample:
-            yield member.before
-            if chosen or extension is None:
-                text = _change_caption(extension, member, change)
-                yield from _copy_member(source, member) if text is None else [_replace(member, member.name, text)]
-        if change:
-            yield from _add_members(sample, change)
+            blocks.append(member.before)
+            if not chosen and extension is not None:
+                continue
+            if (text := _change_caption(extension, member, change)) is not None:
+                blocks.append(_replace(member, member.name, text))
+            elif member.data is not None:
+                blocks += (member.headers, member.data, bytes(-member.size % BLOCK))
+            else:
+                yield b"".join(blocks)
+                blocks = []
+                yield from _copy_hollow(source, member)
+        blocks += _add_members(sample, change) if change else ()
+        yield b"".join(blocks)
     if found < len(wanted):
         raise SourceError(f"{source}: {len(wanted) - found} images are gone: run `unmemorize dedup` again")
 
@@ -111,23 +119,18 @@ def _read_samples(source: Path, *, damaged: bool) -> Iterator[Sample]:
     yield sample
 
 
-def _copy_member(source: Path, member: Member) -> Iterator[bytes]:
-    if member.data is not None:
+def _copy_hollow(source: Path, member: Member) -> Iterator[bytes]:
+    """What has no data in memory: a link, or what is too large to be held. Of what ends early nothing is copied."""
+    if not member.size:
         yield member.headers
-        yield member.data
-        yield bytes(-member.size % BLOCK)
-    elif not member.size:  # a link
-        yield member.headers
-    elif member.size > MAX_BYTES:  # no image, and too large to be held
+    elif member.size > MAX_BYTES:
         yield member.headers
         with open_archive(source) as handle:
             handle.seek(member.offset)
-            left = member.size
-            while left:
+            for left in range(member.size, 0, -BUFFER):
                 piece = handle.read(min(left, BUFFER))
-                if not piece:
+                if len(piece) < min(left, BUFFER):
                     raise SourceError(f"{source}: ends inside {member.name.decode(errors='replace')}")
-                left -= len(piece)
                 yield piece
         yield bytes(-member.size % BLOCK)
 

@@ -245,7 +245,7 @@ def _parse_header(header: bytes) -> tuple[bytes, int, bytes]:
     size = int.from_bytes(field[1:]) if field[0] & 0x80 else int(field.strip(b" \0") or b"0", 8)
     if size < 0:
         raise ValueError(f"a size of {size}")
-    name, prefix = header[:100].split(b"\0")[0], header[345:500].split(b"\0")[0]
+    name, prefix = header[:100].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
     if prefix and header[257:263] == b"ustar\0":
         name = prefix + b"/" + name
     return name, size, kind
