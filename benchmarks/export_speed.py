@@ -107,8 +107,8 @@ def main(
         size = sum(len(data) for key in rows["key"] for data in kept[key].values()) / 1e6
         print(f"{samples:,} samples, {len(rows):,} kept ({size:,.0f} MB, {rows['size'].mean():,.0f} bytes an image)")
         for source, tar, formats in (
-            ("shards", archive, ("same", "parquet", "huggingface", "imagefolder")),
-            ("files", copy, ("same", "webdataset", "parquet")),
+            ("shards", archive, ("same", "parquet", "huggingface")),
+            ("files", copy, ("same", "imagefolder", "webdataset", "parquet")),
         ):
             base = measure(work / "dest", lambda dest, tar=tar: tar(dest, work / "files", names), repeats)
             print(f"  {source:7} {'tar':12} {size / base:8,.0f} MB/s")
