@@ -1,7 +1,6 @@
 """`unmemorize export OUT DEST`: what the manifest keeps, as a dataset; and filters for those who copy nothing.
 
-    from dedup.export import keep
-    kept = keep("photos-dedup")                       # OUT, or the DEST of an export as index
+    kept = dedup.export.keep("photos-dedup")          # OUT, or the DEST of an export as index
     webdataset.WebDataset(shards).select(kept)        # by the sample's key and shard
     dataset.select(kept.indices("train"))             # datasets: rows by number, of one source or of all
     torch.utils.data.Subset(dataset, kept.indices())  # anything whose rows are in the manifest's order
@@ -196,10 +195,16 @@ class Kept:
 
     rows: pl.DataFrame  # INDEX, all rows in input order
     samples: frozenset[tuple[str, str]]  # name of the shard, key
+    names: frozenset[str]  # of all shards: of the file, or the path where files in two folders have one name
 
     def __call__(self, sample: Mapping[str, Any]) -> bool:
-        """Of a webdataset sample: by `__key__`, and by the file name in `__url__`."""
-        name = str(sample["__url__"]).rpartition("/")[2]
+        """Of a webdataset sample: by `__key__`, and by the shard in `__url__`. Raises ExportError for another shard."""
+        url = str(sample["__url__"])
+        name = url.rpartition("/")[2]
+        if name not in self.names:
+            name = next((name for name in self.names if url.endswith(f"/{name}")), "")
+        if not name:
+            raise ExportError(f"{url}: is none of the shards of this run")
         return (name, manifest.encode_name(str(sample["__key__"]).encode("utf-8", "surrogateescape"))) in self.samples
 
     def indices(self, source: str | None = None) -> list[int]:
@@ -218,5 +223,9 @@ def keep(out: Path | str) -> Kept:
     """Filters for OUT, or for what `export --format index` wrote. Raises ManifestError."""
     index = Path(out) / "index.parquet"
     rows = pl.read_parquet(index) if index.is_file() else manifest.read(Path(out), INDEX)
-    shards = rows.filter("keep").select(pl.col("shard").str.split("/").list.last(), "key").drop_nulls()
-    return Kept(rows, frozenset(shards.iter_rows()))
+    base = pl.col("shard").str.split("/").list.last()
+    shards = rows.drop_nulls("shard")
+    unique = shards.select(pl.col("shard").n_unique() == base.n_unique()).item()
+    named = shards.with_columns(shard=base) if unique else shards
+    samples = named.filter("keep").select("shard", "key").iter_rows()
+    return Kept(rows, frozenset(samples), frozenset(named["shard"]))

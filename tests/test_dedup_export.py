@@ -526,6 +526,33 @@ def test_parquet_keeps_types_groups_and_compression(tmp_path: Path) -> None:
     assert codecs == ["UNCOMPRESSED", "ZSTD", "GZIP"]
 
 
+def test_a_damaged_parquet_file_is_refused_and_converted(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    path = tmp_path / "src" / "x.parquet"
+    table = pa.table({"image": [picture(n) for n in (0, 1, 3, 2)], "text": ["a cat, ö", "a dog", "x", None]})
+    pq.write_table(table, path, row_group_size=2, compression="zstd", use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    start = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    data[start : start + 200] = bytes(200)
+    path.write_bytes(data)
+    deduplicate(tmp_path / "src", tmp_path / "out", DedupOptions(), jobs=1)
+    with pytest.raises(SourceError, match="is damaged, so it cannot be copied: export to another format"):
+        export(tmp_path / "out", tmp_path / "dest", jobs=1)
+    export(tmp_path / "out", tmp_path / "tars", Options("webdataset"), jobs=1)
+    check(list(read_webdataset(tmp_path / "tars")), [0, 1], CAPTIONS)
+
+
+def test_images_and_a_shard_of_one_name(tmp_path: Path) -> None:
+    """A folder of both: each is exported in its way, and the shard does not count as lying beside the image."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "x.png").write_bytes(picture(7))
+    (tmp_path / "src" / "x.tar").write_bytes(pack([0, 1, 2]))
+    deduplicate(tmp_path / "src", tmp_path / "out", DedupOptions(), jobs=1)
+    export(tmp_path / "out", tmp_path / "dest", jobs=1)
+    assert (tmp_path / "dest" / "x.png").samefile(tmp_path / "src" / "x.png")
+    assert {name.partition(".")[0] for name, *_ in read_tar(tmp_path / "dest" / "x.tar")} == {"k/0000", "k/0001"}
+
+
 def test_a_dataset_that_was_loaded_is_given_back_with_its_images(tmp_path: Path) -> None:
     """What `datasets` makes of a folder: the cache holds paths only, the export the images themselves."""
     src, _ = make_imagefolder(tmp_path)
@@ -687,6 +714,22 @@ def test_equal_keys_in_two_shards_are_told_apart(tmp_path: Path) -> None:
     deduplicate(src, tmp_path / "out", DedupOptions(), jobs=1)
     samples = wds.WebDataset(sorted(map(str, src.glob("*.tar"))), shardshuffle=False).select(keep(tmp_path / "out"))
     assert [(Path(one["__url__"]).name, one["__key__"]) for one in samples] == [("a.tar", "k"), ("b.tar", "l")]
+
+
+def test_equal_names_of_shards_in_two_folders_are_told_apart(tmp_path: Path) -> None:
+    """And a shard that the run has not seen is no reason to drop all that is in it."""
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / "src" / name).mkdir(parents=True)
+        with tarfile.open(tmp_path / "src" / name / "0.tar", "w") as archive:
+            info = tarfile.TarInfo("k.png")
+            info.size = len(picture(seed))
+            archive.addfile(info, io.BytesIO(picture(seed)))
+    deduplicate(tmp_path / "src", tmp_path / "out", DedupOptions(), jobs=1)
+    kept = keep(tmp_path / "out")
+    samples = wds.WebDataset(sorted(map(str, (tmp_path / "src").rglob("*.tar"))), shardshuffle=False).select(kept)
+    assert [Path(one["__url__"]).parent.name for one in samples] == ["a", "c"]
+    with pytest.raises(ExportError, match="none of the shards of this run"):
+        kept({"__url__": "elsewhere/1.tar", "__key__": "k"})
 
 
 def test_numbers_of_rows_for_datasets(tmp_path: Path) -> None:

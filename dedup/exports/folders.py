@@ -21,6 +21,8 @@ from dedup.images import SUFFIXES
 from dedup.manifest import decode_name, write_text
 from dedup.sources import Shard, json_caption, list_files
 from dedup.sources.folder import CAPTION_COLUMNS, READERS, read_file
+from dedup.sources.parquet import is_parquet
+from dedup.sources.webdataset import is_tar
 
 
 def same(src: Path, shards: Sequence[Shard], rows: pl.DataFrame, dest: Path) -> None:
@@ -33,7 +35,8 @@ def same(src: Path, shards: Sequence[Shard], rows: pl.DataFrame, dest: Path) -> 
     files = list_files(src)
     beside: dict[str, list[str]] = {}
     for name in files:
-        if not is_image(name) and name.rpartition("/")[2] not in READERS:
+        dataset = is_tar(name) or is_parquet(name) or name.rpartition("/")[2] in READERS
+        if not (dataset or is_image(name)):
             beside.setdefault(_stem(name), []).append(name)
     told = _filter_metadata(src, files, dest, taken, rows)
     for name, (sha256, change) in taken.items():
