@@ -483,7 +483,8 @@ def test_files_are_linked_and_what_lies_beside_them_too(tmp_path: Path) -> None:
 def test_files_are_copied_where_links_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     src, out = dedup(tmp_path, "folder")
 
-    def refuse(*_: object) -> None:
+    def refuse(_: object, target: Path) -> None:
+        assert target.parent.is_dir()
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)

@@ -43,7 +43,9 @@ def same(src: Path, shards: Sequence[Shard], rows: pl.DataFrame, dest: Path) -> 
         link_file(src / name, place(dest, name), sha256)
         others = beside.get(_stem(name), [])
         left = {} if name in told else dict(change)
-        texts = {other: _change_caption(src / other, left.get("caption")) for other in others}
+        texts = {
+            other: _change_caption(src / other, left["caption"]) if "caption" in left else None for other in others
+        }
         if "caption" in left and not any(texts.values()):
             texts[f"{_stem(name)}.txt"] = left["caption"]
         for other, text in texts.items():
@@ -65,13 +67,16 @@ def same(src: Path, shards: Sequence[Shard], rows: pl.DataFrame, dest: Path) -> 
 
 def link_file(source: Path, target: Path, sha256: str | None = None) -> None:
     """A second name for the file, whose bytes are compared with their digest; or a copy. What is there stays."""
-    if target.exists():
+    if os.path.exists(target):  # noqa: PTH110 - of a million files, pathlib would take the longest
         return
     if sha256 is not None:
         check_bytes(read_file(source), sha256, str(source))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if os.path.islink(source):  # noqa: PTH114
+        source = source.resolve()
+    if not os.path.isdir(target.parent):  # noqa: PTH112
+        target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source.resolve(), target)
+        os.link(source, target)
     except OSError:  # another disk, or one without links
         write_file(target, lambda temporary: shutil.copyfile(source, temporary))
 
@@ -82,12 +87,13 @@ def is_image(name: str) -> bool:
 
 def _stem(name: str) -> str:
     """Without its extension: only the last one, as the reader has it."""
-    return name[: -len(Path(name).suffix)] if Path(name).suffix else name
+    stem, dot, _ = name.rpartition(".")
+    return stem if dot and "/" not in name[len(stem) :] else name
 
 
-def _change_caption(path: Path, caption: str | None) -> str | None:
+def _change_caption(path: Path, caption: str) -> str | None:
     """What a file beside an image says instead; None where it says no caption."""
-    if caption is None or path.suffix not in (".txt", ".json"):
+    if path.suffix not in (".txt", ".json"):
         return None
     if path.suffix == ".txt":
         return caption
