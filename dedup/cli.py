@@ -21,6 +21,7 @@ JobsOption = Annotated[int, typer.Option(min=0, help="Worker processes; 0 = one 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Keep = Literal["keep", "drop"]
 Format = Literal["folder", "webdataset", "table", "parquet", "huggingface"]
+ExportFormat = Literal["same", "webdataset", "parquet", "huggingface", "imagefolder", "urls", "index"]
 Encoder = Literal["auto", "local", "sscd-distilled", "sscd", "clip", "dinov2"]
 
 
@@ -171,6 +172,34 @@ def _summarise_matches(counts: dict, out: Path, page: Path | None) -> str:
     if page is not None:
         lines.append(f"Report:  {page}")
     return "\n".join(lines)
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A finished `unmemorize dedup`.")],
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="A folder that is empty or not there yet.")],
+    format_: Annotated[
+        ExportFormat, typer.Option("--format", help="same: as SRC came; index: copies nothing.")
+    ] = "same",
+    rows: Annotated[
+        Literal["kept", "weighted", "all"], typer.Option(help="weighted: all readable rows, and a weight for each.")
+    ] = "kept",
+    alpha: Annotated[float, typer.Option(min=0, help="Of weighted: a group of m copies weighs 1/m^alpha a row.")] = 1.0,
+    captions: Annotated[
+        Literal["survivor", "longest", "list"], typer.Option(help="Of all copies; list adds them as `captions`.")
+    ] = "survivor",
+    jobs: JobsOption = 0,
+    json_: JsonOption = False,
+) -> None:
+    """Write what OUT keeps as a dataset, bytes untouched. Example: unmemorize export photos-dedup photos-clean"""
+    from dedup.export import Options
+    from dedup.export import export as export_rows
+
+    counts = export_rows(out, dest, Options(format_, rows, alpha, captions), jobs=jobs)
+    beside = f", {counts['exported_beside']:,} more in samples of theirs" if counts.get("exported_beside") else ""
+    without = f" {counts['without_url']:,} have no address." if counts.get("without_url") else ""
+    text = f"{counts['exported']:,} of {counts['rows']:,} rows exported{beside}: {dest}.{without}"
+    typer.echo(json.dumps(counts) if json_ else text)
 
 
 @app.command()

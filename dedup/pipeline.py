@@ -79,7 +79,7 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
         decode = fingerprint.DecodeOptions(options.max_pixels, options.max_frames, options.hash_decode)
         with engine.timed(seconds, "fingerprint"):
             work = _prepare(out, src, shards, options)
-            rows = _fingerprint(shards, work / "signatures", decode, workers)
+            rows, sizes = _fingerprint(shards, work / "signatures", decode, workers)
         if rows.is_empty():
             raise sources.SourceError(f"{src}: its shards hold no samples")
         rows = rows.with_columns(rank=policy.keeper_rank(rows))
@@ -103,7 +103,7 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
             counts = count(table, pairs) | {"rows_at_limit": count_at_limit(candidates)}
             if copy_search is not None:
                 counts["copy_search"] = copy_search.describe(pairs)
-            run = write_outputs(out, src, shards, table, pairs, options, counts)
+            run = write_outputs(out, src, shards, sizes, table, pairs, options, counts)
         seconds |= search_copies.seconds  # parts of "decide"
         manifest.write_json(out / "timings.json", {k: round(v, 3) for k, v in seconds.items()})
     return run
@@ -177,16 +177,17 @@ def _versions() -> dict[str, str]:
 
 def _fingerprint(
     shards: list[sources.Shard], work: Path, decode: fingerprint.DecodeOptions, workers: engine.Workers
-) -> pl.DataFrame:
-    """Signatures of all shards, rows in input order with their ids."""
+) -> tuple[pl.DataFrame, list[int]]:
+    """Signatures of all shards, rows in input order with their ids; how many rows each shard has."""
     tasks = [(shard, index, work, decode) for index, shard in enumerate(shards)]
     with tqdm(desc="fingerprint", unit=" images", file=sys.stderr, disable=None) as bar:
         for rows, unreadable in workers.run(fingerprint.fingerprint_shard, tasks):
             bar.update(rows)
             if unreadable:
                 bar.set_postfix_str(f"{unreadable} unreadable in the last shard")
-    frame = pl.concat([pl.read_parquet(work / f"{index:05d}.parquet") for index in range(len(shards))])
-    return frame.with_row_index("id").with_columns(pl.col("id").cast(pl.Int64))
+    frames = [pl.read_parquet(work / f"{index:05d}.parquet") for index in range(len(shards))]
+    table = pl.concat(frames).with_row_index("id").with_columns(pl.col("id").cast(pl.Int64))
+    return table, [len(frame) for frame in frames]
 
 
 def find_candidates(rows: pl.DataFrame, options: Options, jobs: int) -> pl.DataFrame:
@@ -247,6 +248,7 @@ def write_outputs(
     out: Path,
     src: Path,
     shards: list[sources.Shard],
+    sizes: list[int],
     table: pl.DataFrame,
     pairs: pl.DataFrame,
     options: Options,
@@ -271,7 +273,8 @@ def write_outputs(
         shutil.copyfile(src / "plant.parquet", out / "plant.parquet")
     run: dict[str, Any] = {"src": str(src), "options": record_options(options), "versions": _versions()}
     layouts = [asdict(layout) for layout in dict.fromkeys(shard.layout for shard in shards)]
-    run |= {"layouts": layouts, "source": [shard.fingerprint for shard in shards], "counts": counts}
+    run |= {"layouts": layouts, "source": [shard.fingerprint for shard in shards], "shard_rows": sizes}
+    run |= {"counts": counts}
     manifest.write_json(out / "run.json", run)
     return run
 

@@ -63,7 +63,7 @@ def list_shards(src: Path, layout: Layout) -> list[Shard]:
     for split, names in _choose_split(src, list_splits(src), layout.split).items():
         start = 0
         for name in names:
-            _, stream = _open(src / name)
+            _, stream = open_stream(src / name)
             own = Layout("huggingface", root, layout.image_column, layout.caption_column, layout.id_column, split)
             chosen = columns.choose(src / name, stream.schema, own)
             sizes: list[int] = []
@@ -122,7 +122,7 @@ def _choose_split(src: Path, splits: dict[str, list[str]], split: str | None) ->
     return splits if split is None else {split: splits[split]}
 
 
-def _open(path: Path) -> tuple["pa.Buffer", "pa.RecordBatchReader"]:
+def open_stream(path: Path) -> tuple["pa.Buffer", "pa.RecordBatchReader"]:
     """The file in memory, and the batches in it; nothing is read from the disk before it is asked for."""
     import pyarrow as pa
 
@@ -152,7 +152,7 @@ def _read_batches(path: Path, stream: "pa.RecordBatchReader") -> Iterator["pa.Re
 def read_shard(shard: Shard) -> Iterator[Record]:
     path = find_file(Path(shard.root), str(shard.name))
     layout, (first, stop, number) = shard.layout, shard.part
-    whole, stream = _open(path)
+    whole, stream = open_stream(path)
     names = [name for name in (layout.caption_column, layout.id_column) if name]
     for batch in islice(_read_batches(path, stream), first, stop):
         cells = batch.column(layout.image_column)

@@ -48,7 +48,7 @@ def is_parquet(name: str) -> bool:
 
 def holds_images(path: Path, layout: Layout) -> bool:
     """Whether the images themselves stand in this file, and not their paths."""
-    with closing(_open(path)) as file:
+    with closing(open_file(path)) as file:
         schema = file.schema_arrow
     if layout.image_column in schema.names:
         return columns.is_images(schema.field(layout.image_column).type)
@@ -65,7 +65,7 @@ def list_shards(src: Path, layout: Layout) -> list[Shard]:
     shards = []
     seen: set[str] = set()
     for name in names:
-        with closing(_open(root / name)) as file:
+        with closing(open_file(root / name)) as file:
             own = Layout("parquet", allowed, layout.image_column, layout.caption_column, layout.id_column)
             chosen = columns.choose(root / name, file.schema_arrow, own, columns.KEYS)
             if layout.id_column:
@@ -82,7 +82,7 @@ def list_shards(src: Path, layout: Layout) -> list[Shard]:
     return shards
 
 
-def _open(path: Path) -> "pq.ParquetFile":
+def open_file(path: Path) -> "pq.ParquetFile":
     """Raises SourceError."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
@@ -118,7 +118,7 @@ def read_shard(shard: Shard) -> Iterator[Record]:
     path = find_file(Path(shard.root), str(shard.name))
     layout, (first, stop, row) = shard.layout, shard.part
     damage: list[str] = []
-    with closing(_open(path)) as file:
+    with closing(open_file(path)) as file:
         schema = file.schema_arrow
         more = [name for name in ("status", "error_message") if "key" in schema.names and name in schema.names]
         wanted = [name for name in (layout.image_column, layout.caption_column, layout.id_column, *more) if name]
@@ -127,7 +127,7 @@ def read_shard(shard: Shard) -> Iterator[Record]:
             number = row
             row += file.metadata.row_group(group).num_rows
             try:
-                for batch in _read_batches(file, group, list(dict.fromkeys(wanted)), str(layout.image_column)):
+                for batch in read_batches(file, group, list(dict.fromkeys(wanted)), str(layout.image_column)):
                     for place in range(len(batch)):
                         values = {name: columns.read_scalar(batch.column(name)[place]) for name in batch.schema.names}
                         cell = values[str(layout.image_column)]
@@ -139,8 +139,8 @@ def read_shard(shard: Shard) -> Iterator[Record]:
         raise SourceError(f"{path}: cannot be read: {', '.join(damage)}")
 
 
-def _read_batches(file: "pq.ParquetFile", group: int, names: list[str], image: str) -> Iterator["pa.RecordBatch"]:
-    """One row group in pieces of about HELD bytes of images."""
+def read_batches(file: "pq.ParquetFile", group: int, names: list[str] | None, image: str) -> Iterator["pa.RecordBatch"]:
+    """One row group in pieces of about HELD bytes of images. names: None = all columns."""
     about = file.metadata.row_group(group)
     chunks = (about.column(number) for number in range(about.num_columns))
     size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.partition(".")[0] == image)
@@ -152,7 +152,7 @@ class RowReader:
     """Single rows of one column. Goes on from where it stands; only a row before that starts a row group anew."""
 
     def __init__(self, path: Path, column: str | None) -> None:
-        self.file = _open(path)
+        self.file = open_file(path)
         self.column = str(column or columns.default_image_column(self.file.schema_arrow))
         about = self.file.metadata
         sizes = [about.row_group(number).num_rows for number in range(about.num_row_groups)]
@@ -167,7 +167,7 @@ class RowReader:
         group = bisect_right(self.starts, row) - 1
         if group != self.group or row < self.first:
             self.group, self.first, self.held = group, self.starts[group], []
-            self.batches = _read_batches(self.file, group, [self.column], self.column)
+            self.batches = read_batches(self.file, group, [self.column], self.column)
         while row >= self.first + len(self.held):
             self.first += len(self.held)
             self.held = next(self.batches).column(self.column)

@@ -50,6 +50,8 @@ class Member(NamedTuple):
     size: int
     data: bytes | None
     problem: str | None = None  # why there is no data
+    headers: bytes = b""  # its own, extended ones included, as they stand in the archive
+    before: bytes = b""  # what belongs to no member: folders, headers of all members that follow
 
 
 def is_tar(name: str) -> bool:
@@ -84,12 +86,12 @@ def list_shards(root: Path, paths: Sequence[Path]) -> list[Shard]:
     shards = []
     for path in paths:
         name = path.relative_to(root).as_posix()
-        fingerprint = digest_stamps([name, stamp_file(path), stamp_file(_list_beside(path))])
+        fingerprint = digest_stamps([name, stamp_file(path), stamp_file(list_beside(path))])
         shards.append(Shard("webdataset", str(root), name, (), (), fingerprint))
     return shards
 
 
-def _list_beside(path: Path) -> Path:
+def list_beside(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".gz")).with_suffix(".parquet")
 
 
@@ -109,7 +111,7 @@ def read_shard(shard: Shard) -> Iterator[Record]:
     except SourceError as error:  # what was read before it, and what failed to download, is told all the same
         damage = error
     yield from _read_sample(current, sample)
-    yield from img2dataset.read_failed(_list_beside(path))
+    yield from img2dataset.read_failed(list_beside(path))
     if damage:
         raise damage
 
@@ -127,12 +129,12 @@ def _read_sample(key: bytes, sample: Sequence[tuple[str, Member]]) -> Iterator[R
     caption = text_caption(texts[".txt"]) if ".txt" in texts else json_caption(texts.get(".json", b""))
     text = encode_name(key)
     without_image = True
-    for extension, (_, offset, size, data, problem) in sample:
+    for extension, member in sample:
         if "." + extension.rpartition(".")[2] in SUFFIXES:
-            yield Record(text, offset, size, data, caption, problem)
+            yield Record(text, member.offset, member.size, member.data, caption, member.problem)
             without_image = False
-        elif problem:
-            yield Record(text, offset, size, None, caption, f"{extension}: {problem}")
+        elif member.problem:
+            yield Record(text, member.offset, member.size, None, caption, f"{extension}: {member.problem}")
     if sample and without_image:
         yield Record(text, sample[0][1].offset, 0, None, caption, "sample without an image")
 
@@ -143,7 +145,7 @@ def read_members(path: Path) -> Iterator[Member]:
     Raises SourceError at the place where the archive is damaged, after everything before it was yielded.
     """
     try:
-        with _open_archive(path) as handle:
+        with open_archive(path) as handle:
             yield from _walk(handle)
             for rest in iter(lambda: handle.read(BUFFER), b""):  # to its end, where gzip keeps its checksum
                 if rest.strip(b"\0"):
@@ -152,7 +154,7 @@ def read_members(path: Path) -> Iterator[Member]:
         raise SourceError(f"{path}: cannot be read to its end ({error})") from error
 
 
-def _open_archive(path: Path) -> BinaryIO:
+def open_archive(path: Path) -> BinaryIO:
     """The uncompressed archive, whatever its name says about compression."""
     with open_regular(path) as handle:
         compressed = handle.read(2) == GZIP
@@ -162,6 +164,7 @@ def _open_archive(path: Path) -> BinaryIO:
 def _walk(handle: BinaryIO) -> Iterator[Member]:
     """POSIX.1-2001 (pax), sections "ustar Interchange Format" and "pax Header Block"; GNU tar's long names."""
     position = 0
+    headers = before = b""
     shared: dict[bytes, bytes] = {}  # of all members that follow
     special: dict[bytes, bytes] = {}  # of the next member
     while header := handle.read(BLOCK):
@@ -171,8 +174,8 @@ def _walk(handle: BinaryIO) -> Iterator[Member]:
             name, size, kind = _parse_header(header)
             start = position + BLOCK
             if kind in b"xXgLK":
-                body = handle.read(_padded(size)) if size <= MAX_EXTENDED else b""
-                if len(body) < _padded(size):
+                body = handle.read(padded(size)) if size <= MAX_EXTENDED else b""
+                if len(body) < padded(size):
                     raise ValueError(f"{size:,} bytes of it do not follow")
                 if kind == b"L":
                     special[b"path"] = body.split(b"\0")[0]
@@ -180,7 +183,9 @@ def _walk(handle: BinaryIO) -> Iterator[Member]:
                     shared |= _parse_pax(body[:size])
                 elif kind != b"K":  # K: where a link leads
                     special |= _parse_pax(body[:size])
-                position = start + _padded(size)
+                before += header + body if kind == b"g" else b""
+                headers += header + body if kind != b"g" else b""
+                position = start + padded(size)
                 continue
             extended, special = shared | special, {}
             name, size = extended.get(b"path", name), int(extended.get(b"size", size))
@@ -188,14 +193,17 @@ def _walk(handle: BinaryIO) -> Iterator[Member]:
                 raise ValueError(f"a size of {size}")
         except ValueError as error:
             raise ValueError(f"bad header at byte {position:,}: {error}") from error
+        headers += header
         if kind in b"123456":  # links, devices, folders, pipes
             if kind in b"12":
-                yield Member(name, start, 0, None, "a link, which holds no bytes of its own")
-            position = start
+                yield Member(name, start, 0, None, "a link, which holds no bytes of its own", headers, before)
+            before = b"" if kind in b"12" else before + headers
+            headers, position = b"", start
             continue
-        position = start + _padded(size)
+        position = start + padded(size)
         if size > MAX_BYTES:
-            yield Member(name, start, size, None, f"more than {MAX_BYTES:,} bytes")
+            yield Member(name, start, size, None, f"more than {MAX_BYTES:,} bytes", headers, before)
+            headers = before = b""
             handle.seek(position)
             continue
         data = _read_available(handle, size)
@@ -203,12 +211,13 @@ def _walk(handle: BinaryIO) -> Iterator[Member]:
             yield Member(name, start, size, None, f"shard ends inside this member ({len(data)} of {size} bytes)")
             return
         handle.read(position - start - size)
-        yield Member(name, start, size, data)
+        yield Member(name, start, size, data, None, headers, before)
+        headers = before = b""
     if special or not position:
         raise ValueError("it ends before the member of its last header" if special else "zero bytes")
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
@@ -236,7 +245,7 @@ def _parse_header(header: bytes) -> tuple[bytes, int, bytes]:
     size = int.from_bytes(field[1:]) if field[0] & 0x80 else int(field.strip(b" \0") or b"0", 8)
     if size < 0:
         raise ValueError(f"a size of {size}")
-    name, prefix = header[:100].split(b"\0")[0], header[345:500].split(b"\0")[0]
+    name, prefix = header[:100].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
     if prefix and header[257:263] == b"ustar\0":
         name = prefix + b"/" + name
     return name, size, kind
