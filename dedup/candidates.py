@@ -32,14 +32,13 @@ class Views:
 
     def score(self, i: np.ndarray, j: np.ndarray) -> pl.DataFrame:
         """Pairs of rows → cosine, score, and what mirroring gains (0 if unknown)."""
-        backgrounds = self.background, self.background
         cosine = neighbours.cosines(self.upright, i, self.upright, j)
-        score = neighbours.score_pairs(self.upright, i, self.upright, j, backgrounds)
-        if self.mirrored is None or self.mirrored_background is None:
+        score = neighbours.take_off(cosine, self.background, i, self.background, j)
+        if self.mirrored is None:
             return pl.DataFrame({"cosine": cosine, "score": score, "gain": np.zeros(len(i))})
-        backgrounds = self.mirrored_background, self.background
-        turned = neighbours.score_pairs(self.mirrored, i, self.upright, j, backgrounds)
-        cosine = np.where(turned > score, neighbours.cosines(self.mirrored, i, self.upright, j), cosine)
+        mirrored = neighbours.cosines(self.mirrored, i, self.upright, j)
+        turned = neighbours.take_off(mirrored, self.mirrored_background, i, self.background, j)
+        cosine = np.where(turned > score, mirrored, cosine)
         return pl.DataFrame({"cosine": cosine, "score": np.maximum(score, turned), "gain": turned - score})
 
 

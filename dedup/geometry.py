@@ -80,9 +80,10 @@ def correspondences(a: Features, b: Features) -> tuple[np.ndarray, np.ndarray]:
     similarity = a.descriptors.astype(np.float32) @ b.descriptors.T.astype(np.float32) / 255**2  # (n_a, n_b)
     rows = np.arange(len(similarity))
     best = similarity.argmax(axis=1)
-    top = similarity[rows, best]
-    second = np.partition(similarity, -2, axis=1)[:, -2]
     mutual = similarity.argmax(axis=0)[best] == rows
+    top = similarity[rows, best]
+    similarity[rows, best] = -1
+    second = similarity.max(axis=1)
     clear = 1 - np.minimum(top, 1) < RATIO**2 * (1 - np.minimum(second, 1))  # squared distances of unit vectors
     chosen = np.flatnonzero(mutual & clear)
     return a.points[chosen], b.points[best[chosen]]

@@ -77,7 +77,7 @@ def join_cosine(
     pairs = _to_pairs(partners)
     i, j = pairs["i"].to_numpy(), pairs["j"].to_numpy()
     cosine = cosines(lefts, i, vectors, j)
-    score = _take_off(cosine, lefts_background, i, background, j)
+    score = take_off(cosine, lefts_background, i, background, j)
     return Joined(
         pairs=pairs.with_columns(cosine=cosine, score=score).filter(pl.col("score") >= threshold),
         recall=recall,
@@ -107,7 +107,7 @@ def nearest(
     row, place = np.nonzero(indices >= 0)
     other = indices[row, place]
     score = np.full(indices.shape, np.nan)
-    score[row, place] = _take_off(cosines(queries, row, vectors, other), of_queries, row, of_vectors, other)
+    score[row, place] = take_off(cosines(queries, row, vectors, other), of_queries, row, of_vectors, other)
     score[score < threshold] = np.nan
     indices[np.isnan(score)] = -1
     order = np.lexsort((indices, -score), axis=-1)  # NaN last
@@ -151,20 +151,20 @@ def score_pairs(
 ) -> np.ndarray:
     """Scores, as `join_cosine` gives them, of rows i of `left` with rows j of `right`: float64 (pairs,)."""
     of_left, of_right = backgrounds or (None, None)
-    return _take_off(cosines(left, i, right, j), of_left, i, of_right, j)
+    return take_off(cosines(left, i, right, j), of_left, i, of_right, j)
 
 
 def cosines(left: np.ndarray, i: np.ndarray, right: np.ndarray, j: np.ndarray) -> np.ndarray:
     """Cosines float64 of rows i of `left` with rows j of `right`, of the vectors as given, to six decimals."""
     cosine = np.empty(len(i))
     for block in products.blocks(len(i), BLOCK):
-        a, b = left[i[block]].astype(np.float64), right[j[block]].astype(np.float64)
+        a, b = left[i[block]].astype(np.float32), right[j[block]].astype(np.float32)
         length = np.sqrt(np.einsum("nd,nd->n", a, a) * np.einsum("nd,nd->n", b, b))
         cosine[block] = np.einsum("nd,nd->n", a, b) / np.where(length == 0, 1, length)
     return np.round(cosine, 6)
 
 
-def _take_off(
+def take_off(
     cosine: np.ndarray, left: np.ndarray | None, i: np.ndarray, right: np.ndarray | None, j: np.ndarray
 ) -> np.ndarray:
     """Scores of pairs: their cosines less the backgrounds, if there are any, of rows i and j."""
