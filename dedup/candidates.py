@@ -13,7 +13,7 @@ import polars as pl
 
 from dedup import clustering, neighbours, threshold
 
-MIN_SCORE = -0.05  # less alike than the nearest of unrelated pictures
+MIN_SCORE = 0.0  # no nearer than unrelated pictures come
 MAX_FALSE = 3  # unrelated pairs a picture that may be compared
 FEW = 5_000  # pictures up to which the number of partners is limit enough
 SAMPLED = 100_000_000  # numbers in the vectors of the random pairs
