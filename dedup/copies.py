@@ -83,7 +83,7 @@ class CopySearch:
             near = near.join(known, on=["a", "b"], how="anti", maintain_order="left")
         self.compared = pl.concat([self.compared, near.select("a", "b")])
         strict = pl.Series(self.strict).gather(near["a"]) | pl.Series(self.strict).gather(near["b"])
-        least = pl.when(strict).then(geometry.DRAWING_EVIDENCE).otherwise(geometry.MIN_EVIDENCE)
+        least = pl.when(strict).then(geometry.COPY_EVIDENCE).otherwise(geometry.MIN_EVIDENCE)
         found = pl.concat([near.select("a", "b", "cosine"), self._match(near)], how="horizontal")
         found = found.filter(pl.col("inliers") >= least)
         found = found.with_columns(**{"class": pl.lit("copy")}, signal=pl.lit("copy"))

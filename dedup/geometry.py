@@ -37,7 +37,8 @@ STEP = 16  # every so many pixels' colours are compared
 MAX_GAIN = 2.0  # of chroma
 
 # What makes a copy; chosen on benchmarks/copy_detection.py, whose held-out edits and pictures say how well.
-MIN_EVIDENCE = 8  # inliers
+MIN_EVIDENCE = 8  # inliers that make a pair worth a look
+COPY_EVIDENCE = 12  # inliers of a copy: dark solar cells share ten
 MIN_OVERLAP = 0.75  # two collages that share one half are not copies
 MIN_PLACES = 20
 REPAINTED, MOST = 0.15, 0.5  # so much in other colours, though most is as it was: a face, a shirt, a product
@@ -48,7 +49,6 @@ CLOSE_SIDE = 256  # pixels of the longer side at which drawings are laid over ea
 REFINED = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 30, 1e-4)  # what ends the refinement: steps, gain
 BLANK_EDGE, OUTSIDE = 0.95, 0.02  # shares: of a picture's edge that is blank, of what lies around it that is not
 DRAWING_SCORE = 0.85
-DRAWING_EVIDENCE = 12
 SAME_FRAME = 0.9
 SCENE_INLIERS, SCENE_AGREEMENT = 12, 0.4
 
@@ -182,11 +182,11 @@ def classify(found: Match, alignment: Alignment, *, strict: bool = False) -> str
     others: a head that ends in blank paper is no crop of a figure.
     """
     wide = alignment.overlap >= (SAME_FRAME if strict else MIN_OVERLAP)  # a pattern that repeats fits itself, moved
-    enough = wide and alignment.places >= MIN_PLACES and found.inliers >= MIN_EVIDENCE
+    enough = wide and alignment.places >= MIN_PLACES and found.inliers >= COPY_EVIDENCE
     enough &= alignment.unexplained <= REPAINTED or alignment.recoloured > MOST
     if strict or alignment.uniform > DRAWING:
         plain = alignment.agreement * (1 - alignment.recoloured)
-        sure = found.inliers >= DRAWING_EVIDENCE and min(plain, alignment.score) >= DRAWING_SCORE
+        sure = min(plain, alignment.score) >= DRAWING_SCORE
         sure &= not alignment.composed
     else:
         sure = alignment.score >= (SURE_SCORE if found.inliers >= SURE_INLIERS else COPY_SCORE)

@@ -88,7 +88,7 @@ def compare(
     """(location of a row, place of its features, is the query mirrored, is the row in a series) → EVIDENCE or nulls."""
     results: list[tuple] = []
     for row, place, mirrored, strict in candidates:
-        least = geometry.DRAWING_EVIDENCE if strict else geometry.MIN_EVIDENCE
+        least = geometry.COPY_EVIDENCE if strict else geometry.MIN_EVIDENCE
         found = geometry.match(query, _features_of(row, place, dataset), mirrored)
         if found is None or found.inliers < least:
             results.append((None,) * len(EVIDENCE))
