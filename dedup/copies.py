@@ -325,11 +325,9 @@ def judge(load_a: Load, load_b: Load, found: geometry.Match, *, strict: bool) ->
     if kind is not None and geometry.needs_close_look(alignment, strict=strict):
         a, b = load_a(look.CLOSE_SIDE), load_b(look.CLOSE_SIDE)
         if alignment.covered >= geometry.SAME_FRAME:
-            same = verify.is_same_picture(b, a, geometry.orientation(found))
-        else:
-            laid = geometry.lay_closely(a.pixels, b.pixels, found)
-            same = kind == "copy" and verify.is_close(*laid, verify.MAX_LOSSY)
-        kind = "copy" if same else "look-alike"
+            kind = "copy" if verify.is_same_picture(b, a, geometry.orientation(found)) else "look-alike"
+        elif kind == "copy" and not verify.is_close(*geometry.lay_closely(a.pixels, b.pixels, found), verify.MAX_LOSSY):
+            kind = "look-alike"
     return kind, alignment.score, alignment.overlap
 
 

@@ -11,7 +11,7 @@ other files, and completed when they are. The same command goes on after an inte
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import polars as pl
 from dedup import engine, manifest, sources
 from dedup.exports import ExportError, convert, folders, parquets, saved, tables, tars, urls
 from dedup.hashing import digest
-from dedup.sources import Layout, Shard, SourceError
+from dedup.sources import Shard
 
 MARK = ".export.json"
 SAME = {
@@ -57,7 +57,11 @@ def export(out: Path, dest: Path, options: Options = Options(), *, jobs: int = 0
     run = manifest.read_run(out)
     src = Path(run["src"])
     _check_place(out.resolve(), src, dest)
-    shards = list_shards(out, run)
+    if "shard_rows" not in run:
+        raise ExportError(
+            f"{out} was made by an older version: run `unmemorize dedup` again, which hashes nothing anew"
+        )
+    shards = sources.list_again(out, run)
     rows = choose_rows(manifest.read(out, COLUMNS), options)
     identity = {"run_sha256": digest((out / "run.json").read_bytes()), "options": asdict(options)}
     if (done := _claim(dest, identity)) is not None:
@@ -101,22 +105,6 @@ def _claim(dest: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         raise ExportError(f"{dest} is not empty: choose another folder")
     manifest.write_json(dest / MARK, identity)
     return None
-
-
-def list_shards(out: Path, run: dict[str, Any]) -> list[Shard]:
-    """The shards that the run saw. Raises SourceError when SRC is gone or not what it was."""
-    if "shard_rows" not in run:
-        raise ExportError(
-            f"{out} was made by an older version: run `unmemorize dedup` again, which hashes nothing anew"
-        )
-    src, used = Path(run["src"]), run["layouts"][0]
-    layout = Layout(**{name: run["options"].get(name) for name in asdict(Layout())})
-    if used["format"] == "huggingface":  # also what `datasets` had to load, with a root of its own
-        layout = replace(layout, format="huggingface", root=used["root"])
-    shards = sources.list_shards(src, layout)
-    if [shard.fingerprint for shard in shards] != run["source"]:
-        raise SourceError(f"{src} has changed since {out} was made: run `unmemorize dedup` on it again")
-    return shards
 
 
 def choose_rows(rows: pl.DataFrame, options: Options) -> pl.DataFrame:

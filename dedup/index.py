@@ -3,7 +3,7 @@
 In: OUT, with SRC where the run saw it. Out: an `Index`, for `match`. Reads no picture.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def load(out: Path) -> Index:
             f"the embeddings of {out} were made elsewhere, so new pictures cannot be compared with them: run "
             f"`unmemorize dedup {src} --level copy --encoder local -o` with another folder"
         )
-    check_source(out, src, read_layout(run), run["source"])
+    sources.list_again(out, run)  # its pictures are what a query is compared with
     meta, described, raw = vectors.read_embeddings(out, options["encoder"])
     ids = described["id"].to_numpy()
     encoder = check_encoder(out, options, meta)
@@ -146,27 +146,6 @@ def load(out: Path) -> Index:
         by_pixels=dict(zip(known["pixel_digest"], known["id"], strict=True)),
         parts=[f"{name}.npy" for name in parts],
     )
-
-
-def read_layout(run: dict[str, Any]) -> sources.Layout:
-    """How the run read SRC: what the user has said, and where `sources.fetch` found the format and root of it."""
-    said: dict[str, Any] = run["options"]
-    found: dict[str, Any] = next(iter(run.get("layouts", [])), {})
-    layout = {field.name: said.get(field.name) for field in fields(sources.Layout)}
-    return sources.Layout(**layout | {"format": layout["format"] or found.get("format"), "root": found.get("root")})
-
-
-def check_source(out: Path, src: Path, layout: sources.Layout, stamps: list[str]) -> None:
-    """Raise SourceError unless SRC is what the run saw: its pictures are what a query is compared with."""
-    try:
-        shards = sources.list_shards(src, layout)
-    except OSError as error:
-        raise sources.SourceError(
-            f"{src}, of which {out} was made, cannot be read ({error}): put it back, or run `unmemorize dedup` on it "
-            f"where it is now"
-        ) from error
-    if [shard.fingerprint for shard in shards] != stamps:
-        raise sources.SourceError(f"{src} has changed since {out} was made: run `unmemorize dedup {src} -o {out}`")
 
 
 def check_encoder(out: Path, options: dict[str, Any], meta: dict[str, Any]) -> Encoder:

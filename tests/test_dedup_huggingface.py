@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -16,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_dedup_parquet import damage, read_whatever
 from typer.testing import CliRunner
 
 from dedup import manifest, sources
@@ -332,18 +332,5 @@ def test_any_damage_is_a_row_or_one_line(tmp_path: Path, changes: list[tuple[flo
     if not path.exists():
         make_dataset([picture(n) for n in range(8)], [f"c{n}" for n in range(8)]).save_to_disk(tmp_path / "saved")
         path.with_suffix(".good").write_bytes(path.read_bytes())
-    data = bytearray(path.with_suffix(".good").read_bytes())
-    for place, value, near_the_start in changes:
-        size = min(len(data), 1_500)
-        start = 0 if near_the_start else len(data) - size
-        data[start + int(place * (size - 1))] = value
-    path.write_bytes(data)
-    shards: list[sources.Shard] = []
-    with suppress(SourceError):
-        shards = sources.list_shards(path.parent)
-    for shard in shards:
-        with suppress(SourceError):
-            for record in sources.read_shard(shard):
-                if record.data is not None:
-                    again = sources.read_image(path.parent, record.file, record.offset, record.size, record.key)
-                    assert again == record.data
+    damage(path, changes)
+    read_whatever(path.parent)

@@ -360,6 +360,29 @@ def test_the_result_does_not_depend_on_workers_and_the_whole_line_reads_it(tmp_p
     assert {read_again(src, row) for row in pool.iter_rows(named=True)} <= {picture(n) for n in range(30)} | set(again)
 
 
+def damage(path: Path, changes: list[tuple[float, int, bool]]) -> None:
+    """Write what stands beside it as `.good` with some bytes changed, near its beginning or its end."""
+    data = bytearray(path.with_suffix(".good").read_bytes())
+    size = min(len(data), 1_500)
+    for place, value, near_the_start in changes:
+        start = 0 if near_the_start else len(data) - size
+        data[start + int(place * (size - 1))] = value
+    path.write_bytes(data)
+
+
+def read_whatever(src: Path) -> None:
+    """Records or SourceErrors, nothing else; and what was read is read again."""
+    shards: list[sources.Shard] = []
+    with suppress(SourceError):
+        shards = sources.list_shards(src)
+    for shard in shards:
+        with suppress(SourceError):
+            for record in sources.read_shard(shard):
+                if record.data is not None:
+                    again = sources.read_image(src, record.file, record.offset, record.size, record.key)
+                    assert again == record.data
+
+
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255), st.booleans()), min_size=1, max_size=8))
 def test_any_damage_is_a_row_or_one_line(tmp_path: Path, changes: list[tuple[float, int, bool]]) -> None:
@@ -368,18 +391,5 @@ def test_any_damage_is_a_row_or_one_line(tmp_path: Path, changes: list[tuple[flo
     if not path.exists():
         write_rows(path, 8, 4, compression="none")
         path.with_suffix(".good").write_bytes(path.read_bytes())
-    data = bytearray(path.with_suffix(".good").read_bytes())
-    for place, value, near_the_start in changes:
-        size = min(len(data), 1_500)
-        start = 0 if near_the_start else len(data) - size
-        data[start + int(place * (size - 1))] = value
-    path.write_bytes(data)
-    shards: list[sources.Shard] = []
-    with suppress(SourceError):
-        shards = sources.list_shards(path)
-    for shard in shards:
-        with suppress(SourceError):
-            for record in sources.read_shard(shard):
-                if record.data is not None:
-                    again = sources.read_image(path, record.file, record.offset, record.size, record.key)
-                    assert again == record.data
+    damage(path, changes)
+    read_whatever(path)

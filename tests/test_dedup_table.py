@@ -3,9 +3,6 @@
 import csv
 import io
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_dedup_parquet import run_and_measure
 from typer.testing import CliRunner
 
 from dedup import manifest, sources
@@ -300,18 +298,6 @@ def test_the_command_says_which_columns_it_took(shop: Path, monkeypatch: pytest.
     assert (shop / "products-dedup" / "report" / "index.html").exists()
     dropped = pl.read_csv(shop / "products-dedup" / "dropped.csv", infer_schema=False).row(0, named=True)
     assert (dropped["dropped"], dropped["kept"]) == ("pictures/sub/c.png:3", "pictures/a.png:1")
-
-
-def run_and_measure(code: str, *arguments: object) -> list[int]:
-    """Numbers that the code prints, and by how many MB its process has grown since it set `before = peak()`.
-
-    By VmHWM: unlike `ru_maxrss` it starts anew in a new program.
-    """
-    peak = "def peak(): return int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) >> 10\n"
-    command = [sys.executable, "-c", f"{peak}{code}\nprint(peak() - before)", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return [int(word) for word in done.stdout.split()]
 
 
 def test_memory_does_not_grow_with_the_columns_that_are_not_read(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ import os
 import stat
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from dedup.manifest import decode_name
 
@@ -125,6 +125,24 @@ def list_shards(src: Path, layout: Layout = Layout()) -> list[Shard]:
         kind = "parquet"
     shards = {"table": table, "parquet": parquet, "huggingface": huggingface}[kind].list_shards(src, layout)
     return shards or _complain(src, "rows")
+
+
+def list_again(out: Path, run: dict[str, Any]) -> list[Shard]:
+    """The shards that a finished run saw (its `run.json`). Raises SourceError when SRC is gone or not what it was."""
+    src, used = Path(run["src"]), run["layouts"][0]
+    layout = Layout(**{each.name: run["options"].get(each.name) for each in fields(Layout)})
+    if used["format"] == "huggingface":  # also what `datasets` had to load, with a root of its own
+        layout = replace(layout, format="huggingface", root=used["root"])
+    try:
+        shards = list_shards(src, layout)
+    except OSError as error:
+        raise SourceError(
+            f"{src}, of which {out} was made, cannot be read ({error}): put it back, or run `unmemorize dedup` on it "
+            f"where it is now"
+        ) from error
+    if [shard.fingerprint for shard in shards] != run["source"]:
+        raise SourceError(f"{src} has changed since {out} was made: run `unmemorize dedup {src} -o {out}`")
+    return shards
 
 
 def detect(src: Path, layout: Layout) -> str | None:
