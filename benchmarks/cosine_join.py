@@ -117,13 +117,22 @@ def ask(
         )
 
 
-def embed(folder: Path, encoder: str, same: list[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """float32 (pictures, d) and the group of each, in the order of their names; `same`: "GROUP,GROUP" that are one."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix in images.SUFFIXES)
-    vectors = embed_locally(paths) if encoder == "local" else embed_with(embedding.resolve(encoder), paths)
+def embed(
+    folder: Path, encoder: str, *, others: list[Path] | None = None, same: list[str] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """float (pictures, d) and the group of each, in the order of their names; `same`: "GROUP,GROUP" that are one.
+
+    Of `others` each picture is a group. All go together, because `local` learns its words from them.
+    """
+    paths, more = (
+        [path for each in folders for path in sorted(each.rglob("*")) if path.suffix in images.SUFFIXES]
+        for folders in ([folder], others or [])
+    )
+    chosen = paths + more
+    vectors = embed_locally(chosen) if encoder == "local" else embed_with(embedding.resolve(encoder), chosen)
     one_of = {group: pair.split(",")[0] for pair in same or [] for group in pair.split(",")}
     names = [one_of.get(name, name) for name in (path.stem.split("@")[0] for path in paths)]
-    return vectors, np.unique(names, return_inverse=True)[1]
+    return vectors, np.unique([*names, *map(str, more)], return_inverse=True)[1]
 
 
 def embed_with(encoder: embedding.Encoder, paths: list[Path]) -> np.ndarray:
@@ -154,11 +163,7 @@ def candidates(
     k: Annotated[int, typer.Option(help="Partners a row.")] = neighbours.K,
 ) -> None:
     """Share of the true pairs among the best candidates, at equal numbers of false ones."""
-    vectors, group = embed(images, encoder)
-    for folder in others or []:
-        more, _ = embed(folder, encoder)
-        group = np.concatenate([group, group.max() + 1 + np.arange(len(more))])
-        vectors = np.concatenate([vectors, more])
+    vectors, group = embed(images, encoder, others=others)
     n, true = len(vectors), count_true(group)
     print(f"{n:,} pictures, {true:,} true pairs, k = {k}; recall in % (score of the last candidate)\n")
     print("| score | 0.3 false a row | 1 | 3 |")
@@ -203,7 +208,7 @@ def null(
     encoder: Encoder = "local",
 ) -> None:
     """Expected false pairs against counted ones."""
-    vectors, group = embed(images, encoder, same)
+    vectors, group = embed(images, encoder, same=same)
     print("| pictures | unrelated pairs | score | expected | counted, each seed | within the interval |")
     print("|---:|---:|---|---:|---|---:|")
     for count in map(int, groups.split(",")):
