@@ -30,7 +30,6 @@ UNSUPPORTED = {
     (4, b"JXL "): "JPEG XL",
     (0, b"8BPS"): "Photoshop",
 }
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit stands before ours and cannot be raised by an option
 cv2.setNumThreads(1)  # pictures are many and small: several processes with several threads each are slower
 warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of a damaged file becomes its status
 SUFFIXES = frozenset(
@@ -94,6 +93,7 @@ def decode(
     """
     if not data:
         raise ImageError("unreadable", "zero bytes")
+    Image.MAX_IMAGE_PIXELS = None  # of the first frame we say ourselves what is too large
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return _decode_open(image, min_side, montage, max_pixels, max_frames)
@@ -104,6 +104,8 @@ def decode(
             if data.startswith(signature, offset):
                 raise ImageError("unsupported", f"{name} is not read: convert it first") from error
         raise ImageError("unreadable", f"not an image ({data[:8]!r}…)") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError("too-large", f"a later frame has more than {2 * max_pixels:,} pixels") from error
     except MemoryError as error:
         raise ImageError("too-large", "out of memory while decoding") from error
     except Exception as error:  # decoders of untrusted bytes raise nearly every exception there is
@@ -171,8 +173,10 @@ def _decode_open(image: Image.Image, min_side: int | None, montage: bool, max_pi
         image.draft("RGB", (min_side, min_side))
     orientation = _exif_orientation(image)
     transpose = EXIF_TRANSPOSE.get(orientation)
+    Image.MAX_IMAGE_PIXELS = max_pixels  # a later frame of a GIF makes all of it larger while it is looked for
     if frames > 1 and montage:
-        pixels = _stack([_upright(image, transpose), *_later_frames(image, frames, transpose)])
+        later = _later_frames(image, frames, transpose, max_pixels)
+        pixels = _stack([_upright(image, transpose), *later])
     else:
         pixels = _upright(image, transpose)
     if orientation in SWAPS_SIDES:
@@ -180,12 +184,18 @@ def _decode_open(image: Image.Image, min_side: int | None, montage: bool, max_pi
     return Decoded(pixels, width, height, kind)
 
 
-def _later_frames(image: Image.Image, frames: int, transpose: Image.Transpose | None) -> Iterator[np.ndarray]:
+def _later_frames(
+    image: Image.Image, frames: int, transpose: Image.Transpose | None, max_pixels: int
+) -> Iterator[np.ndarray]:
     """The middle and the last frame, as far as they can be read: one that is damaged does not spoil the first."""
     for number in sorted({frames // 2, frames - 1} - {0}):
         try:
             image.seek(number)
+            if image.width * image.height > max_pixels:
+                raise ImageError("too-large", f"frame {number} has {image.width}×{image.height} pixels")
             yield _upright(image, transpose)
+        except ImageError:
+            raise
         except (OSError, ValueError, SyntaxError, EOFError):
             return
 

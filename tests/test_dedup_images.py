@@ -135,3 +135,22 @@ def test_formats_without_a_decoder_say_so(head: bytes) -> None:
     with pytest.raises(images.ImageError, match="convert it first") as error:
         images.decode(head + bytes(100))
     assert error.value.status == "unsupported"
+
+
+def test_a_later_frame_that_is_too_large() -> None:
+    """The header says 40 × 30 pixels, the second frame of a GIF 20,000², the second page of a TIFF 12,000²."""
+    frames = [Image.new("P", (40, 30), colour) for colour in (1, 2)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], disposal=2, optimize=False)
+    data = bytearray(buffer.getvalue())
+    second = data.rindex(b"\x2c\x00\x00\x00\x00")
+    data[second + 5 : second + 9] = (20_000).to_bytes(2, "little") * 2
+    pages = io.BytesIO()
+    large = Image.new("1", (12_000, 12_000))
+    Image.new("1", (40, 30)).save(pages, "TIFF", save_all=True, append_images=[large], compression="group4")
+    for bomb in (bytes(data), pages.getvalue()):
+        assert images.decode(bomb).pixels.shape == (30, 40, 3)
+        for read in (images.decode_luma, lambda bomb: images.decode(bomb, montage=True)):
+            with pytest.raises(images.ImageError) as error:
+                read(bomb)
+            assert error.value.status == "too-large"
