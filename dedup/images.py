@@ -248,11 +248,17 @@ def _scale_high_depth(values: np.ndarray) -> Image.Image:
 
 
 def read_alpha(data: bytes) -> bytes:
-    """The transparency of an image that `decode` can read, first frame; empty when all of it is opaque."""
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        if not image.has_transparency_data:
-            return b""
-        alpha = image.convert("RGBA").getchannel("A")
+    """The transparency of an image that `decode` can read, first frame; empty when all of it is opaque.
+
+    All of the data when it is damaged beyond the colours: then only equal files are equal.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if not image.has_transparency_data:
+                return b""
+            alpha = image.convert("RGBA").getchannel("A")
+    except Exception:  # see `decode`
+        return data
     return b"" if alpha.getextrema() == (255, 255) else alpha.tobytes()
 
 

@@ -154,3 +154,18 @@ def test_a_later_frame_that_is_too_large() -> None:
             with pytest.raises(images.ImageError) as error:
                 read(bomb)
             assert error.value.status == "too-large"
+
+
+def test_transparency_of_a_damaged_animation() -> None:
+    """Frames out of order: the first one can be read while the others are counted, and not alone."""
+    frames = [Image.new("RGBA", (40, 30), (200, 0, 0, alpha)) for alpha in (100, 200)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:])
+    data = bytearray(buffer.getvalue())
+    start = data.index(b"fdAT")
+    size = struct.unpack(">I", data[start - 4 : start])[0]
+    data[start + 4 : start + 8] = (99).to_bytes(4, "big")
+    data[start + 4 + size : start + 8 + size] = zlib.crc32(data[start : start + 4 + size]).to_bytes(4, "big")
+    assert images.read_alpha(bytes(data)) in (bytes(data), bytes([100]) * 1_200)
+    assert images.read_alpha(buffer.getvalue()) == bytes([100]) * 1_200
+    assert images.read_alpha(b"no image") == b"no image"
