@@ -484,7 +484,7 @@ def test_the_page_shows_every_picture_and_fits(matched: Path, page: Page, width:
     page.goto((matched / "index.html").as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.evaluate("for (const image of document.images) image.loading = 'eager'")
-    page.wait_for_function("[...document.images].every(image => image.complete)")
+    page.evaluate("Promise.all([...document.images].map(image => image.decode()))")  # waits; the page forbids eval
     assert page.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
     first = page.locator("#copies li.group").first
     assert "stands 4 times in the dataset" in first.inner_text()
