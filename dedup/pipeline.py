@@ -1,7 +1,8 @@
 """The whole deduplication in order: SRC → OUT. Reads top to bottom; every step is a function of its own file.
 
 OUT is described in docs/architecture.md. The same command on a finished or interrupted OUT fingerprints only
-shards that are new or have changed, and decides again; an OUT that was made with other options is refused.
+shards that are new or have changed, and decides again, by other policies if they are given; an OUT that was made with
+other options is refused.
 """
 
 import fcntl
@@ -33,6 +34,7 @@ from dedup import (
 )
 from dedup.reader import Reader
 
+POLICIES = ("flips", "rotations")  # Options that another run on OUT may choose anew: nothing is hashed again
 LIBRARIES = ("unmemorize", "pillow", "imagehash", "numpy", "polars", "opencv-python-headless", "simplejpeg")
 
 
@@ -141,12 +143,15 @@ def _prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options
     if path.exists():
         before = manifest.read_json(path)
         before["options"] = record_options(Options()) | before["options"]  # an older run knew fewer
-        differing = [k for k in chosen if before["options"][k] != chosen[k]]
+        changed = [k for k in chosen if before["options"][k] != chosen[k]]
+        differing = [k for k in changed if k not in POLICIES]
         if before["src"] != str(src):
             raise OptionsError(f"{out} holds a run over {before['src']}: choose another -o or delete it")
         if differing:
             what = ", ".join(f"{k} was {before['options'][k]!r}" for k in differing)
             raise OptionsError(f"{out} was made with other options ({what}): choose another -o or delete it")
+        if changed:
+            (out / "run.json").unlink(missing_ok=True)  # until it is decided anew, what stands there is of other policies
         if before["versions"] != recorded["versions"]:
             for folder in ("thumbnails", "features-*", "embeddings-*"):
                 for stale in (out / ".work").glob(folder):

@@ -85,6 +85,17 @@ def test_flips_can_be_dropped(folder: Path, tmp_path: Path) -> None:
     assert by_key(tmp_path / "out")["e.png"]["kept_id"] is not None
 
 
+def test_deciding_anew_hashes_nothing_and_equals_a_new_run(folder: Path, tmp_path: Path) -> None:
+    for name in ("out", "new"):
+        deduplicate(folder, tmp_path / name, Options(flips="drop" if name == "new" else "keep"))
+    signatures = sorted((tmp_path / "out" / ".work" / "signatures").iterdir())
+    before = [path.stat().st_mtime_ns for path in signatures]
+    deduplicate(folder, tmp_path / "out", Options(flips="drop"))
+    assert before == [path.stat().st_mtime_ns for path in signatures]
+    for name in ("manifest/00000.parquet", "pairs.parquet", "run.json", "dropped.csv"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
+
+
 def test_the_same_bytes_whatever_the_workers_and_on_resume(folder: Path, tmp_path: Path) -> None:
     outs = [tmp_path / "one", tmp_path / "two"]
     deduplicate(folder, outs[0], Options(), jobs=1)
@@ -132,8 +143,8 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionsError, match="inside the source"):
         deduplicate(folder, folder / "out", Options())
     deduplicate(folder, tmp_path / "out", Options())
-    with pytest.raises(OptionsError, match="flips was 'keep'"):
-        deduplicate(folder, tmp_path / "out", Options(flips="drop"))
+    with pytest.raises(OptionsError, match="max_pixels was 100000000"):
+        deduplicate(folder, tmp_path / "out", Options(max_pixels=1))
     (tmp_path / "nothing").mkdir()
     with pytest.raises(sources.SourceError, match="no images"):
         deduplicate(tmp_path / "nothing", tmp_path / "other", Options())
