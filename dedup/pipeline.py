@@ -151,7 +151,7 @@ def _prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options
             what = ", ".join(f"{k} was {before['options'][k]!r}" for k in differing)
             raise OptionsError(f"{out} was made with other options ({what}): choose another -o or delete it")
         if changed:
-            (out / "run.json").unlink(missing_ok=True)  # until it is decided anew, what stands there is of other policies
+            (out / "run.json").unlink(missing_ok=True)  # it is of other policies until it is decided anew
         if before["versions"] != recorded["versions"]:
             for folder in ("thumbnails", "features-*", "embeddings-*"):
                 for stale in (out / ".work").glob(folder):

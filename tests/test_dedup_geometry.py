@@ -386,7 +386,7 @@ def test_uniform_pictures_say_nothing(shape: tuple[int, int]) -> None:
         assert match(a, b) is None
         alignment = geometry.align(a, b, Match(np.eye(3), False, 200))
         assert geometry.classify(Match(np.eye(3), False, 200), alignment) != "copy"
-        values = [alignment.overlap, alignment.covered, alignment.uniform, alignment.agreement, alignment.unexplained]
+        values = [alignment.overlap, alignment.covered, alignment.even, alignment.agreement, alignment.unexplained]
         assert np.isfinite(values).all()
         assert 0 <= min(values) <= max(values) <= 1
 
@@ -405,7 +405,7 @@ def test_wild_transforms_are_measured_without_complaint(
         return
     found = Match(transform, mirrored, 60)
     alignment = geometry.align(photograph(0, 96, 64), photograph(1, 64, 96), found)
-    values = [alignment.overlap, alignment.covered, alignment.uniform, alignment.agreement, alignment.unexplained]
+    values = [alignment.overlap, alignment.covered, alignment.even, alignment.agreement, alignment.unexplained]
     assert np.isfinite([*values, alignment.places]).all()
     assert 0 <= min(values) <= max(values) <= 1
     assert geometry.classify(found, alignment) != "copy"
