@@ -160,9 +160,9 @@ def match(
 
 def _summarise_matches(counts: dict, out: Path, page: Path | None) -> str:
     lines = [
-        f"{counts['pictures']:,} pictures: {counts['copies']:,} copies of {counts['matched']:,} training pictures, "
-        f"{counts['same_scene']:,} same scene, {counts['look_alike']:,} look-alike, {counts['none']:,} none, "
-        f"{counts['unreadable']:,} unreadable.",
+        f"Looked up: {counts['pictures']:,}; copy: {counts['copies']:,} (of {counts['matched']:,} in OUT), same scene: "
+        f"{counts['same_scene']:,}, look-alike: {counts['look_alike']:,}, none: {counts['none']:,}, unreadable: "
+        f"{counts['unreadable']:,}.",
         f"Matches: {out / 'matches.parquet'}, {out / 'matches.csv'}",
     ]
     if counts["unknown_prompts"]:

@@ -456,7 +456,7 @@ def test_the_command(out: Path, queries: Path, tmp_path: Path) -> None:
     words = ["match", str(queries / "crop-01.jpg"), "--against", str(out), "-o", str(tmp_path / "m"), "--jobs", "1"]
     shown = CliRunner().invoke(app, words)
     assert shown.exit_code == 0
-    assert "1 pictures: 1 copies of 1 training pictures" in shown.output
+    assert "Looked up: 1; copy: 1 (of 1 in OUT), same scene: 0" in shown.output
     assert str(tmp_path / "m" / "index.html") in shown.output
     told = CliRunner().invoke(app, [*words, "--json", "--no-report"])
     assert json.loads(told.stdout)["copies"] == 1
