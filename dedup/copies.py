@@ -29,7 +29,7 @@ from dedup import (
 )
 from dedup.fingerprint import DecodeOptions
 from dedup.manifest import ORIENTATIONS, Schema
-from dedup.reader import ROWS, Reader
+from dedup.reader import ITEMS, ROWS, Reader
 
 ALL_PAIRS = 64  # pictures of which all pairs are candidates: too few to learn a vocabulary from
 CHANCE_PICTURES, CHANCE_PAIRS = 300, 300  # of a cell, taken at random, to know what unrelated pictures have in common
@@ -61,7 +61,7 @@ class CopySearch:
     encoder: str
     weights: tuple[str | None, str | None]  # where they are, and their SHA-256; None: as installed
     max_false_pairs: float | None  # unrelated pairs that may be compared; None: three a picture
-    stores: list[tuple[np.ndarray, list[Path]]] = field(default_factory=list)  # ids and files of features
+    stores: list[tuple[np.ndarray, list[Path], int]] = field(default_factory=list)  # ids, files, rows of a file
     compared: pl.DataFrame | None = None
     random: pl.DataFrame | None = None  # pairs a, b of representatives, with their score
     near: pl.DataFrame | None = None  # CANDIDATEs of the search
@@ -218,20 +218,20 @@ class CopySearch:
         meta = {"encoder": "local", "weights_sha256": digest, "preprocessing": vocabulary.DESCRIPTION}
         return meta | {"dimension": encoded.shape[2]}, encoded[0], encoded[1]
 
-    def _extract(self, chosen: pl.DataFrame) -> list[Path]:
-        paths = self.reader.write_parts(f"features-{len(self.stores)}", chosen, extract_features)
-        self.stores.append((chosen["id"].to_numpy(), paths))
+    def _extract(self, chosen: pl.DataFrame, each: int = ROWS) -> list[Path]:
+        paths = self.reader.write_parts(f"features-{len(self.stores)}", chosen, extract_features, each=each)
+        self.stores.append((chosen["id"].to_numpy(), paths, each))
         return paths
 
     def _places(self, candidates: pl.DataFrame) -> dict[int, tuple[Path, int]]:
-        """Where the features of these rows are: file, and number in it."""
+        """Where the features of these rows are: file, and number in it. Extracted now where they are not."""
         wanted = np.unique(np.concatenate([candidates["a"].to_numpy(), candidates["b"].to_numpy()]))
-        missing = np.setdiff1d(wanted, np.concatenate([np.zeros(0, np.int64), *(ids for ids, _ in self.stores)]))
+        missing = np.setdiff1d(wanted, np.concatenate([np.zeros(0, np.int64), *(ids for ids, _, _ in self.stores)]))
         if len(missing):
-            self._extract(self.rows[missing.tolist()])
+            self._extract(self.rows[missing.tolist()], ITEMS)  # so few that all workers should have some
         return {
-            row: (paths[number // ROWS], number % ROWS)
-            for ids, paths in self.stores
+            row: (paths[number // each], number % each)
+            for ids, paths, each in self.stores
             for number, row in enumerate(ids.tolist())
         }
 

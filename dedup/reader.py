@@ -35,12 +35,14 @@ class Reader:
         """Of the given rows."""
         return look.Thumbnails(rows["id"].to_numpy(), self.write_parts("thumbnails", rows, look.make_thumbnails), ROWS)
 
-    def write_parts(self, folder: str, rows: pl.DataFrame, function: Callable[..., None], *more: object) -> list[Path]:
-        """Let `function(src, part, path, options, *more)` write a file for every ROWS rows, unless it is there.
+    def write_parts(
+        self, folder: str, rows: pl.DataFrame, function: Callable[..., None], *more: object, each: int = ROWS
+    ) -> list[Path]:
+        """Let `function(src, part, path, options, *more)` write a file for so many rows each, unless it is there.
 
         Each file is named by what is in it, so a second run makes none anew.
         """
-        parts = list(rows.select(look.LOCATION).iter_slices(ROWS))
+        parts = list(rows.select(look.LOCATION).iter_slices(each))
         names = [hashing.digest("".join(part["sha256"]).encode())[:20] for part in parts]
         paths = [self.work / folder / f"{name}.npy" for name in names]
         tasks = [(self.src, part.rows(), path, self.decode, *more) for part, path in zip(parts, paths, strict=True)]
