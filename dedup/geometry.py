@@ -47,7 +47,7 @@ SURE_INLIERS, SURE_SCORE = 70, 0.62  # so many features outweigh text across and
 DRAWING = 0.02  # even share: 96 of 100 edited photographs have less, 93 of 100 pairs of clip art more
 CLOSE_SIDE = 256  # pixels of the longer side at which drawings are laid over each other once more
 REFINED = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 30, 1e-4)  # what ends the refinement: steps, gain
-BLANK_EDGE, OUTSIDE = 0.95, 0.02  # shares: of a picture's edge that is blank, of what lies around it that is not
+BLANK_EDGE, OUTSIDE = 0.95, 0.02  # shares: of a picture's edge that is blank, of the other one beyond that is not
 DRAWING_SCORE = 0.85
 SAME_FRAME = 0.9
 SCENE_INLIERS, SCENE_AGREEMENT = 12, 0.4
@@ -145,7 +145,7 @@ class Alignment:
     agreement: float  # share of the textured places with the same pattern
     unexplained: float  # share of the agreeing places whose colour no common tone curve, fading or tint explains
     recoloured: float  # share of them with another colour
-    composed: bool  # the picture that is covered more ends in blank paper, but the other one goes on around it
+    composed: bool  # the picture that is covered more ends in blank paper, but the other one goes on beyond
 
     @property
     def score(self) -> float:
@@ -298,19 +298,21 @@ def _lay_over(other: np.ndarray, onto: np.ndarray, shape: tuple[int, int]) -> tu
 
 
 def _is_composed(shape: tuple[int, ...], even: np.ndarray, other: np.ndarray, onto: np.ndarray) -> bool:
-    """Is the edge of the frame blank, though there is something around it in the other picture?
+    """Is the edge of the frame blank, or what lies around it, though there is something beyond in the other picture?
 
-    shape: of the frame as it is compared; even: bool (h, w), where it is. onto: positions of the frame → of the
-    other picture.
+    A crop cuts through what it shows. shape: of the frame as it is compared; even: bool (h, w), where it is. onto:
+    positions of the frame → of the other picture.
     """
-    edge = np.concatenate([even[0], even[-1], even[:, 0], even[:, -1]])
-    if edge.mean() < BLANK_EDGE:
-        return False
     luma = _shrink(other, SIDE)[..., 0]
     pixels = _in_pixels(onto, shape, luma.shape)
     covered = cv2.warpPerspective(np.ones(shape[:2], np.uint8), pixels, luma.shape[::-1])
-    outside = ~cv2.dilate(covered, np.ones((WINDOW, WINDOW), np.uint8)).astype(bool)
-    return bool((outside & ~_is_even(luma)).mean() > OUTSIDE)
+    within = {width: cv2.dilate(covered, np.ones((width, width), np.uint8)).astype(bool) for width in (3, 5, WINDOW)}
+    around = luma[within[5] & ~within[3]]
+    if not len(around) or (~within[WINDOW] & ~_is_even(luma)).mean() <= OUTSIDE:
+        return False
+    edge = np.concatenate([even[0], even[-1], even[:, 0], even[:, -1]])
+    blank = np.abs(around - np.median(around)) < COLOUR_LIMIT
+    return bool(max(edge.mean(), blank.mean()) >= BLANK_EDGE)
 
 
 def _is_even(luma: np.ndarray) -> np.ndarray:

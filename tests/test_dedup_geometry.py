@@ -485,6 +485,27 @@ def test_a_picture_put_into_another_drawing_is_no_crop_of_it() -> None:
     assert geometry.classify(found, alignment) == "copy"
 
 
+def test_a_letter_that_fills_its_picture_is_no_crop_of_an_accented_one() -> None:
+    letter = draw_circles(0).crop((60, 60, 250, 250))  # its edge is not blank, but in the other picture all around is
+    accented = Image.new("RGB", (240, 330), "white")
+    accented.paste(letter, (25, 115))
+    ImageDraw.Draw(accented).rectangle((60, 20, 180, 70), fill=(40, 90, 200))
+    found = Match(place(letter, accented, (25, 115)), False, 100)
+    alignment = geometry.align(np.asarray(letter), np.asarray(accented), found)
+    assert alignment.composed
+    assert geometry.classify(found, alignment) == "same-scene"
+
+
+def test_a_drawing_on_shaded_paper_is_a_drawing() -> None:
+    flat = np.asarray(draw_circles(0)).astype(np.float32)
+    shade = np.linspace(0.7, 1, flat.shape[1], dtype=np.float32)[None, :, None]
+    shaded = np.rint(flat * shade).astype(np.uint8)
+    alignment = geometry.align(shaded, shaded, Match(np.eye(3), False, 100))
+    assert alignment.even > 5 * geometry.DRAWING
+    noisy = np.clip(shaded + np.random.default_rng(0).normal(0, 8, flat.shape), 0, 255).astype(np.uint8)
+    assert geometry.align(noisy, noisy, Match(np.eye(3), False, 100)).even < geometry.DRAWING
+
+
 def place(part: Image.Image, whole: Image.Image, corner: tuple[int, int]) -> np.ndarray:
     """Positions of a part → of the whole, in their longer sides."""
     scale, (x, y) = max(part.size) / max(whole.size), (each / max(whole.size) for each in corner)
