@@ -318,11 +318,14 @@ type Load = Callable[[int], images.Decoded]  # least side to decode at → pictu
 def judge(load_a: Load, load_b: Load, found: geometry.Match, *, strict: bool) -> tuple[str | None, float, float]:
     """Class (null: nothing), score and overlap of two pictures whose features match.
 
-    Drawings are compared in all details: as at hash level when both show the same, else where they overlap.
+    Drawings, and pictures too small to show details, are compared in all they have: as at hash level when both show the
+    same, else where they overlap.
     """
-    alignment = geometry.align(load_a(PICTURE).pixels, load_b(PICTURE).pixels, found)
+    pixels_a, pixels_b = load_a(PICTURE).pixels, load_b(PICTURE).pixels
+    strict |= min(max(pixels_a.shape), max(pixels_b.shape)) < geometry.SIDE
+    alignment = geometry.align(pixels_a, pixels_b, found)
     kind = geometry.classify(found, alignment, strict=strict)
-    if kind is not None and geometry.needs_close_look(alignment, strict=strict):
+    if kind is not None and geometry.needs_close_look(found, alignment, strict=strict):
         a, b = load_a(look.CLOSE_SIDE), load_b(look.CLOSE_SIDE)
         if alignment.covered >= geometry.SAME_FRAME:
             kind = "copy" if verify.is_same_picture(b, a, geometry.orientation(found)) else "look-alike"

@@ -50,6 +50,8 @@ REFINED = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 30, 1e-4)  # what en
 BLANK_EDGE, OUTSIDE = 0.95, 0.02  # shares: of a picture's edge that is blank, of the other one beyond that is not
 DRAWING_SCORE = 0.85
 SAME_FRAME = 0.9
+FEW_INLIERS = 20  # so few in one frame may be those of the frame: solar cells share sixteen
+TURNED = 30  # degrees: more is another orientation, as an arrow up is not one to the upper left
 SCENE_INLIERS, SCENE_AGREEMENT = 12, 0.4
 
 
@@ -196,9 +198,10 @@ def classify(found: Match, alignment: Alignment, *, strict: bool = False) -> str
     return "same-scene" if found.inliers >= SCENE_INLIERS and alignment.agreement >= SCENE_AGREEMENT else None
 
 
-def needs_close_look(alignment: Alignment, *, strict: bool = False) -> bool:
-    """Whether they look drawn, or are to be judged as if they were."""
-    return strict or alignment.even > DRAWING
+def needs_close_look(found: Match, alignment: Alignment, *, strict: bool = False) -> bool:
+    """Whether they look drawn, or are to be judged as if they were, or show one frame and have little in common."""
+    little = alignment.covered >= SAME_FRAME and found.inliers < FEW_INLIERS
+    return strict or alignment.even > DRAWING or little
 
 
 def lay_closely(a: np.ndarray, b: np.ndarray, found: Match) -> tuple[np.ndarray, np.ndarray]:
@@ -225,10 +228,11 @@ def lay_closely(a: np.ndarray, b: np.ndarray, found: Match) -> tuple[np.ndarray,
 
 
 def orientation(found: Match) -> int:
-    """Number in ORIENTATIONS of the quarter turn that is nearest to what turns a into b."""
+    """Number in ORIENTATIONS of the quarter turn that is nearest to what turns a into b, none up to TURNED."""
     linear = found.transform[:2, :2]
-    quarter = round(-np.degrees(np.arctan2(linear[1, 0] - linear[0, 1], linear[0, 0] + linear[1, 1])) / 90) % 4
-    return 4 * found.mirrored + quarter
+    angle = -np.degrees(np.arctan2(linear[1, 0] - linear[0, 1], linear[0, 0] + linear[1, 1]))
+    quarters = max(abs(angle) > TURNED, round(abs(angle) / 90))
+    return 4 * found.mirrored + int(np.sign(angle) * quarters) % 4
 
 
 def invert(transform: list[float], orientation: str, width_a: float, width_b: float) -> list[float]:

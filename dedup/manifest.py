@@ -72,7 +72,7 @@ PAIRS_SCHEMA: Schema = {
     "hamming": pl.Int32,  # PDQ distance at `orientation`; null for bytes and copy
     "residual": pl.Float64,  # RMS colour difference of the aligned thumbnails, 0 … 1
     "worst_tile": pl.Float64,  # largest RMS over the tiles of the thumbnail, 0 … 1
-    "orientation": pl.String,  # what turns a into b; of signal copy: the nearest quarter turn
+    "orientation": pl.String,  # what turns a into b; of signal copy: the nearest quarter, r0 to 30°
     "cosine": pl.Float64,  # of the embeddings; null unless they found the pair
     "inliers": pl.Int32,  # of signal copy: distinct local features that the transform carries onto each other
     "overlap": pl.Float64,  # share of the picture that lies more in the other one, 0 … 1

@@ -402,6 +402,15 @@ def test_another_face_in_the_same_frame_is_no_copy(tmp_path: Path, quality: int)
     assert {judged[name][0] for name in ("sad", "eyes", "hat")} <= {"look-alike", "same-scene"}
 
 
+@pytest.mark.parametrize(("width", "kind"), [(400, "copy"), (120, "look-alike")])
+def test_pictures_too_small_for_details_are_compared_in_all_they_have(tmp_path: Path, width: int, kind: str) -> None:
+    """A sticker lies on a large photograph; what would be one on a small picture may be what it is about."""
+    picture = Image.fromarray(photograph(3)).resize((width, width * 3 // 4), Image.Resampling.LANCZOS)
+    other = picture.copy()
+    ImageDraw.Draw(other).ellipse((width // 2, width // 4, width // 2 + width // 8, width * 3 // 8), fill="red")
+    assert judge_files(tmp_path / "src", picture, other, 90) == (kind, True)
+
+
 def test_flat_pictures_are_compared_by_pixels(tmp_path: Path) -> None:
     src = tmp_path / "src"
     src.mkdir()

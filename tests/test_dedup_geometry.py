@@ -7,12 +7,13 @@ from itertools import combinations
 import cv2
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 from test_dedup_features import photograph, random_features
 
 from dedup import features, geometry, verify
+from dedup.clustering import inverse_orientation
 from dedup.features import Features
 from dedup.geometry import Match
 from dedup.manifest import ORIENTATIONS
@@ -147,7 +148,7 @@ def test_perspective(seed: int, moves: list[float]) -> None:
 
 
 @pytest.mark.parametrize("number", range(8))
-@pytest.mark.parametrize("tilt", [-30, 0, 30])
+@pytest.mark.parametrize("tilt", [-28, 0, 28])
 def test_orientation_is_the_nearest_of_the_eight(number: int, tilt: float) -> None:
     pixels = photograph(4)
     turned = np.ascontiguousarray(verify.orient(pixels[None], number)[0])
@@ -158,6 +159,24 @@ def test_orientation_is_the_nearest_of_the_eight(number: int, tilt: float) -> No
     assert found is not None
     assert ORIENTATIONS[geometry.orientation(found)] == ORIENTATIONS[number]
     assert found.mirrored == ORIENTATIONS[number].startswith("m")
+
+
+@given(angle=st.floats(-180, 180))
+def test_upright_is_within_thirty_degrees(angle: float) -> None:
+    """And what undoes a turn undoes its name."""
+    radians = np.radians(angle)
+    turn = np.array([[np.cos(radians), np.sin(radians), 0], [-np.sin(radians), np.cos(radians), 0], [0, 0, 1]])
+    name = ORIENTATIONS[geometry.orientation(Match(turn, False, 20))]
+    assume(min(abs(abs(angle) - edge) for edge in (30, 135)) > 1e-6)
+    expected = "r0" if abs(angle) < 30 else "r180" if abs(angle) > 135 else "r90" if angle > 0 else "r270"
+    assert name == expected
+    assert ORIENTATIONS[geometry.orientation(Match(turn.T, False, 20))] == inverse_orientation(name)
+
+
+def test_one_frame_with_little_in_common_is_for_the_close_look() -> None:
+    photographs = geometry.align(photograph(0), photograph(0), Match(np.eye(3), False, 100))
+    assert geometry.needs_close_look(Match(np.eye(3), False, 16), photographs)
+    assert not geometry.needs_close_look(Match(np.eye(3), False, 30), photographs)
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -441,13 +460,13 @@ def test_drawings_in_the_same_frame_are_for_the_close_look() -> None:
     ImageDraw.Draw(two).ellipse((110, 110, 150, 150), fill=(200, 0, 0))
     found = Match(np.eye(3), False, 100)
     alignment = geometry.align(np.asarray(one), np.asarray(two), found)
-    assert geometry.needs_close_look(alignment)
+    assert geometry.needs_close_look(found, alignment)
     photographs = geometry.align(photograph(0), photograph(0), found)
-    assert not geometry.needs_close_look(photographs)
+    assert not geometry.needs_close_look(found, photographs)
     part = geometry.align(
         np.asarray(one), np.asarray(two.crop((0, 0, 200, 200))), Match(np.diag([1.28, 1.28, 1]), False, 100)
     )
-    assert geometry.needs_close_look(part)
+    assert geometry.needs_close_look(found, part)
     assert not verify.is_close(*geometry.lay_closely(np.asarray(one), np.asarray(two), found), verify.MAX_LOSSY)
 
 
