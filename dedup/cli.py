@@ -48,6 +48,9 @@ def dedup(
     hash_decode: Annotated[Literal["fast", "exact"], typer.Option(help="fast: JPEGs at reduced scale.")] = "fast",
     flips: Annotated[Keep, typer.Option(help="Mirrored copies.")] = "keep",
     rotations: Annotated[Keep, typer.Option(help="Turned copies.")] = "keep",
+    base: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Finished run over older rows: what it kept stays kept.")
+    ] = None,
     max_pixels: Annotated[int, typer.Option(help="Larger images are not decoded.")] = 100_000_000,
     max_frames: Annotated[int, typer.Option(help="Longer animations are not decoded.")] = 1_000,
     format_: Annotated[Format | None, typer.Option("--format", help="Of SRC; default: what it looks like.")] = None,
@@ -66,7 +69,7 @@ def dedup(
     from dedup.sources import Layout, name_source
 
     out = out or Path(f"{name_source(src)}-dedup")
-    chosen, by = resolve_auto(level, encoder, out)
+    chosen, by = resolve_auto(level, encoder, out, base)
     if embeddings is not None:
         if weights is not None or encoder != "auto" or chosen != "copy":
             raise typer.BadParameter("--embeddings takes the place of --encoder and --weights, at level copy")
@@ -74,7 +77,9 @@ def dedup(
     start = str(root.resolve()) if root else None
     layout = Layout(format_, start, image_column, caption_column, id_column, split)
     limits = (max_false_pairs, hash_decode, max_pixels, max_frames, flips, rotations)
-    options = Options(chosen, by, weights, weights_sha256, *limits, layout)
+    options = Options(
+        chosen, by, weights, weights_sha256, *limits, layout=layout, base=str(base.resolve()) if base else None
+    )
     run = deduplicate(src, out, options, jobs=jobs)
     if report:
         from dedup.report import write_report
@@ -82,6 +87,7 @@ def dedup(
         write_report(out, jobs=jobs)
     counts = run["counts"]
     told = "".join(f"{line}\n" for line in dict.fromkeys(map(_describe_columns, run["layouts"])) if line)
+    told += _describe_base(run["base"]) if base else ""
     typer.echo(json.dumps(counts) if json_ else told + _summary(counts, out, report, chosen))
     if counts["unreadable"] > max_bad * counts["rows"]:
         raise TooManyBad(
@@ -97,6 +103,15 @@ def _describe_columns(layout: dict) -> str:
     caption = layout["caption_column"] or "no column (--caption-column names one)"
     key = layout["id_column"] or ("the path" if layout["format"] == "table" else "the number of the row")
     return f"Columns: images in {layout['image_column']}, captions in {caption}; key of a row: {key}."
+
+
+def _describe_base(base: dict) -> str:
+    """What a run took over from its base, in a line or two."""
+    again = " but hashed again, because library versions differ" if base["hashed_again"] else ""
+    text = f"Base: {base['known']:,} images were known{again}, {base['published']:,} of them published: those stay.\n"
+    if base["gone"]:
+        text += f"{base['gone']:,} images of the base are gone from SRC, {base['kept_gone']:,} of them kept ones.\n"
+    return text
 
 
 def _summary(counts: dict, out: Path, report: bool, level: str) -> str:

@@ -1,7 +1,8 @@
 """Accepted pairs → decisions. Delete only against a survivor.
 
 Rows are visited in keeper order; a row is dropped to the first kept row that it matches directly, upright, as a copy.
-Mirrored and turned copies belong to the cluster and stay unless asked otherwise. Components over all pairs serve
+Mirrored and turned copies belong to the cluster and stay unless asked otherwise; so does what an earlier run has
+published, whatever it matches. Components over all pairs serve
 reports and splits; they never decide a deletion, so a chain a–b–c cannot delete c for a.
 """
 
@@ -11,13 +12,22 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 
-def decide(pairs: pl.DataFrame, rank: pl.Series, *, flips: str = "keep", rotations: str = "keep") -> pl.DataFrame:
+def decide(
+    pairs: pl.DataFrame,
+    rank: pl.Series,
+    *,
+    flips: str = "keep",
+    rotations: str = "keep",
+    published: pl.Series | None = None,
+) -> pl.DataFrame:
     """Pairs (a, b, class, signal, score, orientation by name) → one row per row: keep, kept_id, cluster_id, pair.
 
     rank: keeper order of all rows. `kept_id`, and `pair` (row number of the deciding pair), are null on rows without
-    one. flips, rotations: "keep" or "drop" mirrored and turned copies.
+    one. flips, rotations: "keep" or "drop" mirrored and turned copies. published: bool of all rows, those that stay
+    whatever they match; they should rank first.
     """
     order = rank.to_numpy()
+    stays = np.zeros(len(order), bool) if published is None else published.to_numpy()
     droppable = {"r0"} | ({"m0", "m180"} if flips == "drop" else set())
     if rotations == "drop":
         droppable |= {"r90", "r180", "r270"} | ({"m90", "m270"} if flips == "drop" else set())
@@ -40,10 +50,10 @@ def decide(pairs: pl.DataFrame, rank: pl.Series, *, flips: str = "keep", rotatio
     ):
         if not (keep[row] and keep[other]):
             continue  # already dropped, or the partner itself did not survive
-        if drop:
+        if drop and not stays[row]:
             keep[row], kept_id[row], deciding[row] = False, other, pair
             cluster[row] = cluster[other]
-        elif deciding[row] < 0:  # a mirrored or turned copy joins the star but stays
+        elif deciding[row] < 0:  # a mirrored, turned or published copy joins the star but stays
             deciding[row], cluster[row] = pair, cluster[other]
     return pl.DataFrame({"keep": keep, "kept_id": kept_id, "cluster_id": cluster, "pair": deciding}).with_columns(
         pl.when(pl.col(c) >= 0).then(pl.col(c)).alias(c) for c in ("kept_id", "pair")

@@ -68,6 +68,7 @@ class CopySearch:
     strict: np.ndarray = field(init=False)  # bool (rows,): see `_find_series`
     counts: dict[str, Any] = field(default_factory=dict)  # for run.json
     seconds: dict[str, float] = field(default_factory=dict)  # by part of the work
+    known: dict[str, tuple[Path, int]] = field(default_factory=dict)  # features of an earlier run, by sha256
 
     def __post_init__(self) -> None:
         self.strict = np.zeros(len(self.rows), bool)
@@ -219,7 +220,8 @@ class CopySearch:
         return meta | {"dimension": encoded.shape[2]}, encoded[0], encoded[1]
 
     def _extract(self, chosen: pl.DataFrame, each: int = ROWS) -> list[Path]:
-        paths = self.reader.write_parts(f"features-{len(self.stores)}", chosen, extract_features, each=each)
+        folder = f"features-{len(self.stores)}"
+        paths = self.reader.write_parts(folder, chosen, extract_features, each=each, known=self.known)
         self.stores.append((chosen["id"].to_numpy(), paths, each))
         return paths
 
@@ -273,12 +275,17 @@ def bridges(pairs: pl.DataFrame, decisions: pl.DataFrame, rank: pl.Series) -> pl
     return both.with_columns(cosine=pl.lit(None, pl.Float64), mirrored=pl.lit(None, pl.Boolean))
 
 
-def extract_features(src: Path, rows: list[tuple], path: Path, options: DecodeOptions) -> None:
-    """Write `features.RECORD` (rows,) to `path`, unless it is there."""
+def extract_features(
+    src: Path, rows: list[tuple], path: Path, options: DecodeOptions, known: list[tuple[Path, int] | None]
+) -> None:
+    """Write `features.RECORD` (rows,) to `path`, unless it is there. known: where the record of each row is already."""
     if path.exists():
         return
     records = np.zeros(len(rows), features.RECORD)
-    for number, row in enumerate(rows):
+    for number, (row, place) in enumerate(zip(rows, known, strict=True)):
+        if place is not None:
+            records[number] = _open(place[0])[place[1]]
+            continue
         picture = look.read_again(src, row, options, min_side=features.SIDE)
         records[number] = features.pack(features.extract(picture.pixels))
     vectors.save(path, records)

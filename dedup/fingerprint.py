@@ -5,8 +5,11 @@ never made again. In: a `Shard`. Out: `<work>/00000.parquet`, the manifest's col
 only grey: colours are looked at where hashes agree (`verify.py`). Knows nothing of other shards.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import imagehash
 import numpy as np
@@ -16,12 +19,17 @@ from PIL import Image
 from dedup import hashing, images, sources
 from dedup.manifest import SCHEMA, write_atomic
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 JPEG_SIDE = 128  # JPEGs may be decoded at reduced scale down to this side: PDQ then moves by at most 8 bits of 256
 BATCH = 256  # rows hashed together; never crosses a shard, so results do not depend on the number of workers
 COLUMNS = [  # and `link`, which only the keeper order needs
     *("source", "shard", "offset", "size", "key", "caption", "width", "height", "format", "status", "error"),
     *("sha256", "phash", "dhash", "pdq", "pdq_d4", "pdq_quality"),
 ]
+# What the bytes of a readable picture and the decode options decide.
+OF_BYTES = ["sha256", "width", "height", "format", "status", "phash", "dhash", "pdq", "pdq_d4", "pdq_quality"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +45,13 @@ class DecodeOptions:
     hash_decode: str = "fast"
 
 
-def fingerprint_shard(shard: sources.Shard, index: int, work: Path, options: DecodeOptions) -> tuple[int, int]:
-    """Write the signatures of one shard; returns (rows, unreadable rows). Done already → only counted."""
+def fingerprint_shard(
+    shard: sources.Shard, index: int, work: Path, options: DecodeOptions, known: Path | None = None
+) -> tuple[int, int]:
+    """Write the signatures of one shard; returns (rows, unreadable rows). Done already → only counted.
+
+    known: a file of `write_known`; the bytes of a picture that is in it are read and not decoded.
+    """
     path = work / f"{index:05d}.parquet"
     if path.exists():
         status = pl.read_parquet(path, columns=["status"])["status"]
@@ -47,12 +60,12 @@ def fingerprint_shard(shard: sources.Shard, index: int, work: Path, options: Dec
     pending: list[tuple[dict, np.ndarray, np.ndarray, np.ndarray]] = []
     try:
         for record in sources.read_shard(shard):
-            rows.append(_fingerprint_record(record, shard, options, pending))
+            rows.append(_fingerprint_record(record, shard, options, known, pending))
             if len(pending) >= BATCH:
                 _hash_batch(pending)
     except sources.SourceError as error:  # what was read before the damage stays
         key = shard.name or ""
-        row = dict.fromkeys(COLUMNS) | _location(shard, key) | {"key": key, "offset": 0, "size": 0}
+        row = dict.fromkeys(COLUMNS) | locate(shard, key) | {"key": key, "offset": 0, "size": 0}
         rows.append(row | {"status": "unreadable", "error": str(error), "link": False})
     _hash_batch(pending)
     frame = pl.DataFrame(rows, schema={column: SCHEMA[column] for column in COLUMNS} | {"link": pl.Boolean})
@@ -60,7 +73,29 @@ def fingerprint_shard(shard: sources.Shard, index: int, work: Path, options: Dec
     return len(frame), int((frame["status"] != "ok").sum())
 
 
-def _location(shard: sources.Shard, key: str) -> dict[str, str | None]:
+def write_known(path: Path, signatures: pl.DataFrame) -> None:
+    """Signatures of readable pictures, columns OF_BYTES, for `fingerprint_shard`: each once, where it can be found."""
+    known = signatures.filter(pl.col("status") == "ok").select(OF_BYTES).unique("sha256").sort("sha256")
+    write_atomic(path, lambda temporary: known.write_ipc(temporary, compression="uncompressed"))
+
+
+def _find_known(path: Path, sha256: str) -> dict[str, Any] | None:
+    known = _open_known(path)
+    digests = known.column("sha256")
+    place = bisect_left(digests, sha256, key=lambda scalar: scalar.as_py())
+    if place == len(digests) or digests[place].as_py() != sha256:
+        return None
+    return {name: known.column(name)[place].as_py() for name in OF_BYTES}
+
+
+@lru_cache(1)
+def _open_known(path: Path) -> "pa.Table":
+    import pyarrow as pa
+
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()  # all workers share what is read of it
+
+
+def locate(shard: sources.Shard, key: str) -> dict[str, str | None]:
     """The sub-source is what the shard says, or the top folder of the file or shard; `../x` and `/x` say nothing."""
     top, slash, _ = (shard.name if shard.name and "/" in shard.name else key).partition("/")
     named = slash and top not in ("", ".", "..")
@@ -71,15 +106,18 @@ def _fingerprint_record(
     record: sources.Record,
     shard: sources.Shard,
     options: DecodeOptions,
+    known: Path | None,
     pending: list[tuple[dict, np.ndarray, np.ndarray, np.ndarray]],
 ) -> dict:
     """One row without its hashes; they are filled in by `_hash_batch`."""
-    row = dict.fromkeys(COLUMNS) | _location(shard, record.key)
+    row = dict.fromkeys(COLUMNS) | locate(shard, record.key)
     row |= {"key": record.key, "offset": record.offset, "size": record.size, "caption": record.caption}
     row |= {"link": record.link, "shard": record.file or shard.name}
     if record.data is None:
         return row | {"status": record.status, "error": record.error}
-    row["sha256"] = hashing.digest(record.data)
+    row["sha256"] = sha256 = hashing.digest(record.data)
+    if known is not None and (signature := _find_known(known, sha256)) is not None:
+        return row | signature
     fast = options.hash_decode == "fast"
     try:
         luma = images.decode_luma(

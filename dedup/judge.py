@@ -101,7 +101,7 @@ def settle(
     confirmed = np.zeros(len(pairs), bool)
     spectra: dict[str, np.ndarray] = {}
     while True:
-        decisions = clustering.decide(pairs, rank, flips=flips, rotations=rotations)
+        decisions = clustering.decide(pairs, rank, flips=flips, rotations=rotations, published=rows["published"])
         deciding = decisions["pair"].drop_nulls().unique().sort().to_numpy()
         doubted = deciding[~confirmed[deciding] & (pairs["signal"].gather(deciding) == "pdq").to_numpy()]
         if len(doubted):

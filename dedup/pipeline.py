@@ -2,7 +2,7 @@
 
 OUT is described in docs/architecture.md. The same command on a finished or interrupted OUT fingerprints only
 shards that are new or have changed, and decides again, by other policies if they are given; an OUT that was made with
-other options is refused.
+other options is refused. With a base, a finished run over older rows, only what that run has not seen is fingerprinted.
 """
 
 import fcntl
@@ -19,6 +19,7 @@ import numpy as np
 import polars as pl
 from tqdm import tqdm
 
+from dedup import base as bases
 from dedup import (
     clustering,
     copies,
@@ -34,7 +35,7 @@ from dedup import (
 )
 from dedup.reader import Reader
 
-POLICIES = ("flips", "rotations")  # Options that another run on OUT may choose anew: nothing is hashed again
+POLICIES = ("flips", "rotations", "base")  # Options that another run on OUT may choose anew: nothing is hashed again
 LIBRARIES = ("unmemorize", "pillow", "imagehash", "numpy", "polars", "opencv-python-headless", "simplejpeg")
 
 
@@ -61,6 +62,7 @@ class Options:
     flips: str = "keep"
     rotations: str = "keep"
     layout: sources.Layout = field(default_factory=sources.Layout)  # how SRC is read
+    base: str | None = None  # absolute: a finished run over older rows; what it kept stays kept
 
 
 def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dict:
@@ -75,15 +77,18 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
     if options.level == "copy":
         copies.check_encoder(options.encoder, options.weights, options.weights_sha256)
     shards = sources.list_shards(src, layout)
+    base = _open_base(out, options)
     out.mkdir(parents=True, exist_ok=True)
     with lock(out), engine.Workers(jobs) as workers:
         seconds: dict[str, float] = {}
         decode = fingerprint.DecodeOptions(options.max_pixels, options.max_frames, options.hash_decode)
         with engine.timed(seconds, "fingerprint"):
             work = _prepare(out, src, shards, options)
-            rows, sizes = _fingerprint(shards, work / "signatures", decode, workers)
+            known = None if base is None else bases.take_over(base, shards, _stamp(shards), work / "signatures")
+            rows, sizes = _fingerprint(shards, work / "signatures", decode, known, workers)
         if rows.is_empty():
             raise sources.SourceError(f"{src}: its shards hold no samples")
+        rows = rows.with_columns(published=pl.lit(False) if base is None else bases.find_published(base, rows))
         rows = rows.with_columns(rank=policy.keeper_rank(rows))
         with engine.timed(seconds, "search"):
             candidates = find_candidates(rows, options, workers.jobs)
@@ -92,6 +97,7 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
             rows, pairs = judge.accept_pairs(rows, candidates, reader, flat=options.level != "exact")
         weights = options.weights, options.weights_sha256
         search_copies = copies.CopySearch(rows, reader, out, options.encoder, weights, options.max_false_pairs)
+        search_copies.known = {} if base is None else bases.find_features(base)
         copy_search = search_copies if options.level == "copy" else None
         with engine.timed(seconds, "decide"):
             keep = {"flips": options.flips, "rotations": options.rotations}
@@ -105,19 +111,20 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
             counts = count(table, pairs) | {"rows_at_limit": count_at_limit(candidates)}
             if copy_search is not None:
                 counts["copy_search"] = copy_search.describe(pairs)
-            run = write_outputs(out, src, shards, sizes, table, pairs, options, counts)
+            about = {} if base is None else {"base": bases.describe(base, rows)}
+            run = write_outputs(out, src, shards, sizes, table, pairs, options, counts, about)
         seconds |= search_copies.seconds  # parts of "decide"
         manifest.write_json(out / "timings.json", {k: round(v, 3) for k, v in seconds.items()})
     return run
 
 
-def resolve_auto(level: str, encoder: str, out: Path) -> tuple[str, str]:
-    """What `auto` means: level and encoder of the run that OUT holds, else the best there is.
+def resolve_auto(level: str, encoder: str, out: Path, base: Path | None = None) -> tuple[str, str]:
+    """What `auto` means: level and encoder of the run that OUT holds, or else the base, else the best there is.
 
     The encoder `local` finds more than SSCD's student and needs no weights (docs/benchmarks.md).
     """
-    recorded = out / ".work" / "options.json"
-    before = manifest.read_json(recorded)["options"] if recorded.exists() else {}
+    recorded = [out / ".work" / "options.json", *([base / "run.json"] if base else [])]
+    before: dict[str, Any] = next((manifest.read_json(path)["options"] for path in recorded if path.exists()), {})
     return (
         before.get("level", "copy") if level == "auto" else level,
         before.get("encoder", Options().encoder) if encoder == "auto" else encoder,
@@ -150,7 +157,7 @@ def _prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options
         if differing:
             what = ", ".join(f"{k} was {before['options'][k]!r}" for k in differing)
             raise OptionsError(f"{out} was made with other options ({what}): choose another -o or delete it")
-        if changed:
+        if changed or options.base:
             (out / "run.json").unlink(missing_ok=True)  # it is of other policies until it is decided anew
         if before["versions"] != recorded["versions"]:
             for folder in ("thumbnails", "features-*", "embeddings-*"):
@@ -160,7 +167,7 @@ def _prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options
     manifest.write_json(path, recorded)
     stamps_path = out / ".work" / "shards.json"
     before_stamps = manifest.read_json(stamps_path) if stamps_path.exists() else []
-    stamps = [f"{shard.fingerprint} {recorded['versions']}" for shard in shards]  # other libraries hash otherwise
+    stamps = _stamp(shards)
     for index, stamp in enumerate(stamps):
         if index >= len(before_stamps) or before_stamps[index] != stamp:
             (work / "signatures" / f"{index:05d}.parquet").unlink(missing_ok=True)
@@ -168,6 +175,19 @@ def _prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options
         (out / "run.json").unlink(missing_ok=True)  # what stands there is of another source now
     manifest.write_json(stamps_path, stamps)
     return work
+
+
+def _stamp(shards: list[sources.Shard]) -> list[str]:
+    """What the signatures of each shard depend on, but for the options: other libraries hash otherwise."""
+    return [f"{shard.fingerprint} {_versions()}" for shard in shards]
+
+
+def _open_base(out: Path, options: Options) -> bases.Base | None:
+    if options.base is None:
+        return None
+    if Path(options.base) == out:
+        raise OptionsError(f"{out} cannot be its own base: choose another -o")
+    return bases.load(Path(options.base), record_options(options), record_options(Options()), _versions())
 
 
 def record_options(options: Options) -> dict[str, Any]:
@@ -181,10 +201,14 @@ def _versions() -> dict[str, str]:
 
 
 def _fingerprint(
-    shards: list[sources.Shard], work: Path, decode: fingerprint.DecodeOptions, workers: engine.Workers
+    shards: list[sources.Shard],
+    work: Path,
+    decode: fingerprint.DecodeOptions,
+    known: Path | None,
+    workers: engine.Workers,
 ) -> tuple[pl.DataFrame, list[int]]:
     """Signatures of all shards, rows in input order with their ids; how many rows each shard has."""
-    tasks = [(shard, index, work, decode) for index, shard in enumerate(shards)]
+    tasks = [(shard, index, work, decode, known) for index, shard in enumerate(shards)]
     with tqdm(desc="fingerprint", unit=" images", file=sys.stderr, disable=None) as bar:
         for rows, unreadable in workers.run(fingerprint.fingerprint_shard, tasks):
             bar.update(rows)
@@ -258,8 +282,12 @@ def write_outputs(
     pairs: pl.DataFrame,
     options: Options,
     counts: dict[str, Any],
+    about: dict[str, Any],
 ) -> dict:
-    """Every file of the contract but the report; `run.json` last, because its existence means finished."""
+    """Every file of the contract but the report; `run.json` last, because its existence means finished.
+
+    about: what else `run.json` tells.
+    """
     manifest.write(out, table)
     manifest.write_parquet(out / "pairs.parquet", pairs)
     kept = table.filter("keep")
@@ -279,7 +307,7 @@ def write_outputs(
     run: dict[str, Any] = {"src": str(src), "options": record_options(options), "versions": _versions()}
     layouts = [asdict(layout) for layout in dict.fromkeys(shard.layout for shard in shards)]
     run |= {"layouts": layouts, "source": [shard.fingerprint for shard in shards], "shard_rows": sizes}
-    run |= {"counts": counts}
+    run |= about | {"counts": counts}
     manifest.write_json(out / "run.json", run)
     return run
 

@@ -1,6 +1,7 @@
 """Which of two copies is kept, and what becomes of the captions.
 
-Keeper order is a total order of the rows, independent of the order of arrival. At copy level the picture that most
+Keeper order is a total order of the rows, independent of the order of arrival. What an earlier run has published
+(`base.py`) comes before all else. At copy level the picture that most
 others share parts with comes first (in powers of two): a row is only dropped to one that it matches itself, and what
 lies in the middle leaves fewest behind. Then the picture that holds more pixels; of those that hold the same, the one
 that was not enlarged; then more bytes, then one that has a caption, then by content hash, then a file before a link to
@@ -16,13 +17,15 @@ def keeper_rank(
 ) -> pl.Series:
     """Rank of every row in keeper order: 0 = kept before all others. Rows that are not `ok` come last.
 
-    effective_pixels: of `detail.effective_pixels`; None = width × height. partners: of `count_partners`; None = none.
+    rows: a column `published` is heeded. effective_pixels: of `detail.effective_pixels`; None = width × height.
+    partners: of `count_partners`; None = none.
     """
     if partners is not None:  # equal files stay together
         partners = rows.with_columns(partners=partners).select(pl.col("partners").max().over("sha256")).to_series()
     area = (pl.col("width").cast(pl.Int64) * pl.col("height").cast(pl.Int64)).fill_null(0)
     order = rows.with_row_index("row").sort(
         pl.col("status") != "ok",
+        *([~pl.col("published")] if "published" in rows.columns else []),
         *([] if partners is None else [-(partners + 1).log(2).floor()]),
         -(area if effective_pixels is None else pl.lit(effective_pixels)),
         area,

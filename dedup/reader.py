@@ -3,7 +3,7 @@
 In: a table of rows, and a function for a part of it. Out: its results in order, or files in the work folder.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,16 +36,27 @@ class Reader:
         return look.Thumbnails(rows["id"].to_numpy(), self.write_parts("thumbnails", rows, look.make_thumbnails), ROWS)
 
     def write_parts(
-        self, folder: str, rows: pl.DataFrame, function: Callable[..., None], *more: object, each: int = ROWS
+        self,
+        folder: str,
+        rows: pl.DataFrame,
+        function: Callable[..., None],
+        *more: object,
+        each: int = ROWS,
+        known: Mapping[str, tuple[Path, int]] | None = None,
     ) -> list[Path]:
         """Let `function(src, part, path, options, *more)` write a file for so many rows each, unless it is there.
 
-        Each file is named by what is in it, so a second run makes none anew.
+        Each file is named by what is in it, so a second run makes none anew. known: by sha256, where an earlier run has
+        left the same; the function is told for each row, or None, after all the rest.
         """
         parts = list(rows.select(look.LOCATION).iter_slices(each))
         names = [hashing.digest("".join(part["sha256"]).encode())[:20] for part in parts]
         paths = [self.work / folder / f"{name}.npy" for name in names]
-        tasks = [(self.src, part.rows(), path, self.decode, *more) for part, path in zip(parts, paths, strict=True)]
+        places = [[] if known is None else [[known.get(sha256) for sha256 in part["sha256"]]] for part in parts]
+        tasks = [
+            (self.src, part.rows(), path, self.decode, *more, *place)
+            for part, path, place in zip(parts, paths, places, strict=True)
+        ]
         list(self.workers.run(function, tasks))
         for stale in set((self.work / folder).glob("*.npy")) - set(paths):
             stale.unlink()
