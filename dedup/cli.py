@@ -51,6 +51,12 @@ def dedup(
     base: Annotated[
         Path | None, typer.Option(metavar="OUT", help="Finished run over older rows: what it kept stays kept.")
     ] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="OTHER", help="Test set or opt-out list, or an OUT: what is a copy of it goes. Repeatable."
+        ),
+    ] = None,
     max_pixels: Annotated[int, typer.Option(help="Larger images are not decoded.")] = 100_000_000,
     max_frames: Annotated[int, typer.Option(help="Longer animations are not decoded.")] = 1_000,
     format_: Annotated[Format | None, typer.Option("--format", help="Of SRC; default: what it looks like.")] = None,
@@ -66,7 +72,7 @@ def dedup(
 ) -> None:
     """Find duplicates in SRC and decide what to keep. Example: unmemorize dedup photos -o photos-dedup"""
     from dedup.pipeline import Options, deduplicate, resolve_auto
-    from dedup.sources import Layout, name_source
+    from dedup.sources import Layout, is_hub, name_source
 
     out = out or Path(f"{name_source(src)}-dedup")
     chosen, by = resolve_auto(level, encoder, out, base)
@@ -74,12 +80,11 @@ def dedup(
         if weights is not None or encoder != "auto" or chosen != "copy":
             raise typer.BadParameter("--embeddings takes the place of --encoder and --weights, at level copy")
         by, weights = "external", str(embeddings.resolve())
-    start = str(root.resolve()) if root else None
-    layout = Layout(format_, start, image_column, caption_column, id_column, split)
+    layout = Layout(format_, str(root.resolve()) if root else None, image_column, caption_column, id_column, split)
     limits = (max_false_pairs, hash_decode, max_pixels, max_frames, flips, rotations)
-    options = Options(
-        chosen, by, weights, weights_sha256, *limits, layout=layout, base=str(base.resolve()) if base else None
-    )
+    start = str(base.resolve()) if base else None
+    others = tuple(str(other if is_hub(other) else other.resolve()) for other in against or [])
+    options = Options(chosen, by, weights, weights_sha256, *limits, layout=layout, base=start, against=others)
     run = deduplicate(src, out, options, jobs=jobs)
     if report:
         from dedup.report import write_report
@@ -114,6 +119,22 @@ def _describe_base(base: dict) -> str:
     return text
 
 
+def _describe_external(counts: dict) -> list[str]:
+    """What was dropped for pictures outside of the dataset."""
+    gone = counts["external"]
+    went = f"{gone['rows']:,} images were dropped for pictures outside, {gone['matched']:,} as copies of them"
+    went += f", {gone['rows'] - gone['matched']:,} with their group"
+    lines = [went + (f"; {gone['published']:,} of them were published before." if gone["published"] else ".")]
+    for other in counts["against"]:
+        splits = [f"{source} {n['copies']:,} of {n['pictures']:,}" for source, n in other["splits"].items()]
+        lines.append(
+            f"  {other['against']}: {other['copies']:,} of {other['pictures']:,} pictures stand in SRC"
+            + (f" ({', '.join(splits)})" if len(splits) > 1 else "")
+            + f"; {other['same_scene']:,} same scene, {other['look_alike']:,} look-alike: nothing dropped for those."
+        )
+    return lines
+
+
 def _summary(counts: dict, out: Path, report: bool, level: str) -> str:
     share = counts["dropped"] / max(1, counts["rows"])
     saved = counts["bytes_dropped"] / 1e6
@@ -134,6 +155,8 @@ def _summary(counts: dict, out: Path, report: bool, level: str) -> str:
         lines.append(f"{counts['rows_at_limit']:,} images are near 64 others or more: compared with the first 64 only.")
     if series := counts.get("copy_search", {}).get("series"):
         lines.append(f"{series:,} images resemble many others (a series): only what agrees everywhere is a copy there.")
+    if "external" in counts:
+        lines += _describe_external(counts)
     if report:
         lines.append(f"Report:    {out / 'report' / 'index.html'}")
     return "\n".join(lines)

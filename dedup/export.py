@@ -116,7 +116,9 @@ def choose_rows(rows: pl.DataFrame, options: Options) -> pl.DataFrame:
     length = pl.element().str.len_chars()
     longest = said.list.eval(pl.element().sort_by(length, descending=True, maintain_order=True)).list.first()
     text = longest.fill_null(pl.col("caption")) if options.captions == "longest" else pl.col("caption")
-    chosen = rows.with_columns(take=pl.col("status") == "ok" if options.rows != "kept" else pl.col("keep"), text=text)
+    stands = pl.col("keep") | pl.col("kept_id").is_not_null()  # external rows belong to no group of SRC
+    take = {"kept": pl.col("keep"), "weighted": stands, "all": pl.col("status") == "ok"}[options.rows]
+    chosen = rows.with_columns(take=take, text=text)
     changed: dict[str, pl.Expr] = {}
     if options.captions == "longest":
         changed["caption"] = pl.when(pl.col("text").ne_missing(pl.col("caption"))).then("text")

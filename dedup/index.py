@@ -107,8 +107,6 @@ class Index:
 
 def load(out: Path) -> Index:
     """Read a finished run. Raises MatchError, ManifestError, EmbeddingError, EncoderError or SourceError."""
-    from dedup import products
-
     run = manifest.read_run(out)
     options, counts = run["options"], run["counts"]
     src = Path(run["src"])
@@ -123,14 +121,23 @@ def load(out: Path) -> Index:
             f"`unmemorize dedup {src} --level copy --encoder local -o` with another folder"
         )
     sources.list_again(out, run)  # its pictures are what a query is compared with
+    search = counts.get("copy_search", {})
+    return build(out, src, options, search, manifest.read(out, COLUMNS))
+
+
+def build(out: Path, src: Path, options: dict[str, Any], search: dict[str, Any], rows: pl.DataFrame) -> Index:
+    """As `load`, of a run that may not be finished but for its embeddings.
+
+    search: counts["copy_search"] of `run.json`; rows: COLUMNS of the manifest.
+    """
+    from dedup import products
+
     meta, described, raw = vectors.read_embeddings(out, options["encoder"])
     ids = described["id"].to_numpy()
     encoder = check_encoder(out, options, meta)
-    rows = manifest.read(out, COLUMNS)
     sha256 = rows["sha256"].gather(ids).to_list()
     parts = [hashing.digest("".join(sha256[n : n + ROWS]).encode())[:20] for n in range(0, len(ids), ROWS)]
     known = rows.filter(pl.col("pixel_digest").is_not_null()).sort("keep", "id", descending=[False, True])
-    search = counts.get("copy_search", {})
     strict = pl.col("strict").fill_null(False)
     rows = rows.join(described.select("id", "strict"), on="id", how="left", maintain_order="left")
     decode = DecodeOptions(options["max_pixels"], options["max_frames"], options["hash_decode"])

@@ -53,7 +53,7 @@ SCHEMA: Schema = {
     "cluster_size": pl.Int64,
     "component_id": pl.Int64,  # smallest id of the connected component over ALL pairs
     "keep": pl.Boolean,
-    "kept_id": pl.Int64,  # for a dropped row: the kept row that it matches directly
+    "kept_id": pl.Int64,  # for a dropped row: the kept row that it matches directly; null if it is external
     "reason": pl.String,
     "class": pl.String,  # of the strongest pair of the row
     "signal": pl.String,
@@ -152,12 +152,19 @@ def validate(frame: pl.DataFrame) -> None:
         unknown = set(frame[column].drop_nulls().unique()) - set(vocabulary)
         if unknown:
             raise ManifestError(f"unknown {column}: {sorted(unknown)}")
-    dropped = frame.filter((pl.col("status") == "ok") & ~pl.col("keep"))
+    readable = frame.filter(pl.col("status") == "ok")
+    external = readable.filter(pl.col("reason").eq_missing("external"))
+    if external["keep"].any() or external["kept_id"].count() or external["represents"].sum():
+        raise ManifestError("a row that was dropped for a picture outside of the dataset is kept, or names a kept row")
+    stays = readable.filter(pl.col("reason").ne_missing("external"))
+    dropped = stays.filter(~pl.col("keep"))
     kept = set(frame.filter("keep")["id"])
     if not set(dropped["kept_id"]) <= kept:
         raise ManifestError("a dropped row names no kept row")
-    if frame["represents"].sum() != (frame["status"] == "ok").sum():
-        raise ManifestError("the rows that kept rows represent do not add up to the readable rows")
+    if frame["represents"].sum() != len(stays):
+        raise ManifestError(
+            "the rows that kept rows represent do not add up to the readable rows without external ones"
+        )
 
 
 def write(out: Path, frame: pl.DataFrame) -> None:

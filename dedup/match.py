@@ -150,9 +150,16 @@ def find(
 
 
 def find_near(
-    index: Index, queries: np.ndarray, encoded: list[np.ndarray], max_false_pairs: float, jobs: int
+    index: Index,
+    queries: np.ndarray,
+    encoded: list[np.ndarray],
+    max_false_pairs: float,
+    jobs: int,
+    most: int | None = None,
 ) -> pl.DataFrame:
     """The nearest representatives of each query: table NEAR. queries: their numbers; encoded: (2, d) each.
+
+    most: so many of each query, None = `neighbours.K`.
 
     Of few pictures (`copies.ALL_PAIRS`) all are near: they are too few to learn a vocabulary from.
     """
@@ -163,7 +170,7 @@ def find_near(
     views = products.quantise(vectors.normalise(np.concatenate(encoded)))  # (2 n, d): upright, mirrored in turn
     crowd = neighbours.measure_background(views, index.vectors, jobs=jobs)
     few = len(index.ids) <= copies.ALL_PAIRS
-    k, floor = (len(index.ids), -2.0) if few else (neighbours.K, index.chance.threshold(max_false_pairs))
+    k, floor = (len(index.ids), -2.0) if few else (most or neighbours.K, index.chance.threshold(max_false_pairs))
     backgrounds = crowd, index.background
     found, _ = neighbours.nearest(views, index.vectors, k, threshold=floor, backgrounds=backgrounds, jobs=jobs)
     view, place = np.nonzero(found >= 0)

@@ -3,6 +3,7 @@
 OUT is described in docs/architecture.md. The same command on a finished or interrupted OUT fingerprints only
 shards that are new or have changed, and decides again, by other policies if they are given; an OUT that was made with
 other options is refused. With a base, a finished run over older rows, only what that run has not seen is fingerprinted.
+What matches pictures from elsewhere that must not be in it (`against`) goes last, when all else is decided.
 """
 
 import fcntl
@@ -19,8 +20,8 @@ import numpy as np
 import polars as pl
 from tqdm import tqdm
 
-from dedup import base as bases
 from dedup import (
+    against,
     clustering,
     copies,
     engine,
@@ -33,9 +34,15 @@ from dedup import (
     sources,
     verify,
 )
+from dedup import base as bases
 from dedup.reader import Reader
 
-POLICIES = ("flips", "rotations", "base")  # Options that another run on OUT may choose anew: nothing is hashed again
+POLICIES = (
+    "flips",
+    "rotations",
+    "base",
+    "against",
+)  # Options that another run on OUT may choose anew: nothing is hashed again
 LIBRARIES = ("unmemorize", "pillow", "imagehash", "numpy", "polars", "opencv-python-headless", "simplejpeg")
 
 
@@ -63,6 +70,7 @@ class Options:
     rotations: str = "keep"
     layout: sources.Layout = field(default_factory=sources.Layout)  # how SRC is read
     base: str | None = None  # absolute: a finished run over older rows; what it kept stays kept
+    against: tuple[str, ...] = ()  # sources or finished runs; what is a copy of a picture there goes, with its star
 
 
 def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dict:
@@ -78,6 +86,7 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
         copies.check_encoder(options.encoder, options.weights, options.weights_sha256)
     shards = sources.list_shards(src, layout)
     base = _open_base(out, options)
+    others = _open_others(src, out, options)
     out.mkdir(parents=True, exist_ok=True)
     with lock(out), engine.Workers(jobs) as workers:
         seconds: dict[str, float] = {}
@@ -107,11 +116,21 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
             pairs = pairs.sort("a", "b", pl.col("class") != "copy", maintain_order=True).unique(
                 ["a", "b"], keep="first", maintain_order=True
             )
+        if others:
+            with engine.timed(seconds, "against"):
+                searched = {} if copy_search is None or copy_search.near is None else copy_search.describe(pairs)
+                rows_in = against.Dataset(table, reader, out, record_options(options), searched, _stamp(shards))
+                found, told = against.find(others, rows_in)
+                table = against.drop(table, found)
         with engine.timed(seconds, "write"):
             counts = count(table, pairs) | {"rows_at_limit": count_at_limit(candidates)}
             if copy_search is not None:
                 counts["copy_search"] = copy_search.describe(pairs)
-            about = {} if base is None else {"base": bases.describe(base, rows)}
+            about: dict[str, Any] = {} if base is None else {"base": bases.describe(base, rows)}
+            if others:
+                about["against"] = [other.describe() for other in others]
+                counts |= {"against": told, "external": against.count_dropped(table, found, rows["published"])}
+            against.write(out, found if others else None)
             run = write_outputs(out, src, shards, sizes, table, pairs, options, counts, about)
         seconds |= search_copies.seconds  # parts of "decide"
         manifest.write_json(out / "timings.json", {k: round(v, 3) for k, v in seconds.items()})
@@ -157,7 +176,7 @@ def _prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options
         if differing:
             what = ", ".join(f"{k} was {before['options'][k]!r}" for k in differing)
             raise OptionsError(f"{out} was made with other options ({what}): choose another -o or delete it")
-        if changed or options.base:
+        if changed or options.base or options.against:
             (out / "run.json").unlink(missing_ok=True)  # it is of other policies until it is decided anew
         if before["versions"] != recorded["versions"]:
             for folder in ("thumbnails", "features-*", "embeddings-*"):
@@ -190,9 +209,17 @@ def _open_base(out: Path, options: Options) -> bases.Base | None:
     return bases.load(Path(options.base), record_options(options), record_options(Options()), _versions())
 
 
+def _open_others(src: Path, out: Path, options: Options) -> list[against.Other]:
+    if options.against and options.level == "copy" and options.encoder == "external":
+        raise OptionsError(
+            "--against cannot be used with --embeddings, because other pictures have none: give an --encoder instead"
+        )
+    return [against.open_other(name, src, out) for name in dict.fromkeys(options.against)]
+
+
 def record_options(options: Options) -> dict[str, Any]:
     """As run.json and the command line have them: those of the layout beside the others."""
-    chosen = asdict(options)
+    chosen = asdict(options) | {"against": list(options.against)}
     return chosen | chosen.pop("layout")
 
 
@@ -297,9 +324,8 @@ def write_outputs(
     place = pl.when(pl.col("shard").is_null()).then("key").otherwise(pl.concat_str("shard", pl.lit(":"), "key"))
     manifest.write_text(out / "kept.txt", "".join(f"{line}\n" for line in kept.select(place).to_series()))
     names = table.select(id="id", kept=place)
-    dropped = table.filter(pl.col("kept_id").is_not_null()).join(
-        names, left_on="kept_id", right_on="id", maintain_order="left"
-    )
+    gone = table.filter((pl.col("status") == "ok") & ~pl.col("keep"))
+    dropped = gone.join(names, left_on="kept_id", right_on="id", how="left", maintain_order="left")
     listing = dropped.select(place.alias("dropped"), "kept", "reason", "signal", "score", "orientation")
     manifest.write_atomic(out / "dropped.csv", listing.write_csv)
     if (src / "plant.parquet").exists():
@@ -314,7 +340,7 @@ def write_outputs(
 
 def count(table: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, Any]:
     """What happened to the rows, in numbers."""
-    dropped = table.filter(pl.col("kept_id").is_not_null())
+    dropped = table.filter((pl.col("status") == "ok") & ~pl.col("keep"))
     unreadable = table.filter(pl.col("status") != "ok")
     return {
         "rows": len(table),

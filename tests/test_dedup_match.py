@@ -18,6 +18,7 @@ from test_dedup_geometry import EDITS
 from typer.testing import CliRunner
 
 from dedup import features, index, manifest, match, match_files, match_report, sources, threshold, vectors
+from dedup import queries as queries_module
 from dedup.cli import TooManyBad, app
 from dedup.pipeline import Options, deduplicate
 
@@ -433,7 +434,7 @@ def test_the_same_bytes_whatever_the_workers_and_when_it_was_killed(
     for name in ("matches.parquet", "matches.csv", "queries.parquet"):
         assert (folder / name).read_bytes() == (matched / name).read_bytes(), name
     (folder / "match.json").unlink()
-    monkeypatch.setattr(match_files, "match_part", None)  # all of it is done
+    monkeypatch.setattr(queries_module, "match_part", None)  # all of it is done
     match_files.match_files(queries, out, folder, prompts=prompts, jobs=1)
     assert (folder / "match.json").read_bytes() == (matched / "match.json").read_bytes()
 
