@@ -87,9 +87,11 @@ def dedup(
     options = Options(chosen, by, weights, weights_sha256, *limits, layout=layout, base=start, against=others)
     run = deduplicate(src, out, options, jobs=jobs)
     if report:
+        from dedup import against_report
         from dedup.report import write_report
 
         write_report(out, jobs=jobs)
+        against_report.write_report(out, jobs=jobs)
     counts = run["counts"]
     told = "".join(f"{line}\n" for line in dict.fromkeys(map(_describe_columns, run["layouts"])) if line)
     told += _describe_base(run["base"]) if base else ""
@@ -136,13 +138,14 @@ def _describe_external(counts: dict) -> list[str]:
 
 
 def _summary(counts: dict, out: Path, report: bool, level: str) -> str:
+    what = "dropped" if "external" in counts else "duplicates dropped"
     share = counts["dropped"] / max(1, counts["rows"])
     saved = counts["bytes_dropped"] / 1e6
     look_alikes = counts["pairs"].get("look-alike", 0)
     captions = {name: f"{count['cases']:,}" for name, count in counts["captions"].items()}
     scenes = counts["pairs"].get("same-scene", 0)
     lines = [
-        f"{counts['rows']:,} images: {counts['kept']:,} kept, {counts['dropped']:,} duplicates dropped "
+        f"{counts['rows']:,} images: {counts['kept']:,} kept, {counts['dropped']:,} {what} "
         f"({share:.1%}, {saved:,.1f} MB), {counts['unreadable']:,} unreadable. Level: {level}.",
         f"{look_alikes:,} look-alike and {scenes:,} same-scene pairs were kept; "
         f"{counts['without_caption']:,} images have no caption.",

@@ -65,9 +65,14 @@ def group_rows(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
     return ordered.with_columns(number=number).with_columns(place=pl.int_range(pl.len()).over("number"))
 
 
+def _is_external() -> pl.Expr:
+    """Rows that went with their whole group, for pictures from outside: they have a page of their own."""
+    return pl.col("reason").eq_missing("external")
+
+
 def _copies(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
     """Rows of every group of copies, with the evidence of the pair that ties each to its group."""
-    members = rows.filter((pl.col("status") == "ok") & (pl.col("cluster_size") > 1))
+    members = rows.filter((pl.col("status") == "ok") & (pl.col("cluster_size") > 1) & ~_is_external())
     best = (
         members.select("id", "cluster_id", wanted=pl.coalesce("kept_id", "cluster_id"))
         .join(_both_ends(pairs.filter(pl.col("class") == "copy")), on="id")
@@ -90,7 +95,7 @@ def _look_alikes(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
     A pair stands for the kept rows that its rows went to: it is turned and carried on to them. Every row is shown with
     its pair to the row of the component that has most of them, else with its closest one.
     """
-    stands = rows.select("id", "cluster_id", kept=pl.coalesce("kept_id", "id"))
+    stands = rows.filter(~_is_external()).select("id", "cluster_id", kept=pl.coalesce("kept_id", "id"))
     near = (
         pairs.filter(pl.col("class") != "copy")
         .join(stands.select(a="id", kept_a="kept", cluster_a="cluster_id"), on="a")
