@@ -72,6 +72,8 @@ def take_over(base: Base, shards: list[sources.Shard], stamps: list[str], signat
             rows = rows.with_columns(source=pl.Series(source, dtype=pl.String))
         manifest.write_atomic(ours, rows.write_parquet)
     known = signatures.parent / f"base-{base.digest[:20]}.arrow"
+    for stale in set(known.parent.glob("base-*.arrow")) - {known}:
+        stale.unlink()
     if not known.exists():
         fingerprint.write_known(known, base.rows)
     return known
