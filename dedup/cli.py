@@ -67,12 +67,22 @@ def dedup(
     caption_column: Annotated[str | None, typer.Option(help="Default: by convention, text, caption …")] = None,
     id_column: Annotated[str | None, typer.Option(help="Of the key of each row; default: its path or number.")] = None,
     split: Annotated[str | None, typer.Option(help="Of a Hugging Face dataset; default: all of them.")] = None,
+    subject_column: Annotated[
+        str | None, typer.Option(help="Of the person shown, the unit of splits; hashed. DICOM: PatientID.")
+    ] = None,
+    subject_key: Annotated[
+        Path | None, typer.Option(help="File with the key of those hashes; default: a secret one of OUT.")
+    ] = None,
+    i_understand: Annotated[
+        bool, typer.Option("--i-understand", help="Read medical pictures and pictures of persons.")
+    ] = False,
     max_bad: Annotated[float, typer.Option(help="Share of unreadable inputs that is tolerated.")] = 0.01,
     json_: JsonOption = False,
 ) -> None:
     """Find duplicates in SRC and decide what to keep. Example: unmemorize dedup photos -o photos-dedup"""
     from dedup.pipeline import Options, deduplicate, resolve_auto
     from dedup.sources import Layout, is_hub, name_source
+    from dedup.subjects import CAUTION
 
     out = out or Path(f"{name_source(src)}-dedup")
     chosen, by = resolve_auto(level, encoder, out, base)
@@ -80,12 +90,15 @@ def dedup(
         if weights is not None or encoder != "auto" or chosen != "copy":
             raise typer.BadParameter("--embeddings takes the place of --encoder and --weights, at level copy")
         by, weights = "external", str(embeddings.resolve())
-    layout = Layout(format_, str(root.resolve()) if root else None, image_column, caption_column, id_column, split)
+    begin = str(root.resolve()) if root else None
+    layout = Layout(format_, begin, image_column, caption_column, id_column, split, subject_column)
     limits = (max_false_pairs, hash_decode, max_pixels, max_frames, flips, rotations)
     start = str(base.resolve()) if base else None
     others = tuple(str(other if is_hub(other) else other.resolve()) for other in against or [])
     options = Options(chosen, by, weights, weights_sha256, *limits, layout=layout, base=start, against=others)
-    run = deduplicate(src, out, options, jobs=jobs)
+    run = deduplicate(src, out, options, jobs=jobs, subject_key=subject_key, understood=i_understand)
+    if run["medical"]:
+        typer.echo(f"Warning: {CAUTION}.", err=True)
     if report:
         from dedup import against_report
         from dedup.report import write_report
@@ -156,6 +169,13 @@ def _summary(counts: dict, out: Path, report: bool, level: str) -> str:
     ]
     if counts["rows_at_limit"]:
         lines.append(f"{counts['rows_at_limit']:,} images are near 64 others or more: compared with the first 64 only.")
+    if subjects := counts.get("subjects"):
+        most = subjects["rows_per_subject"]["most"]
+        lines.append(
+            f"{subjects['subjects']:,} persons on {subjects['rows']:,} images, at most {most:,} of one"
+            f"{' (is that a placeholder?)' if 2 * most > counts['rows'] else ''}; "
+            f"{subjects['copies_across']:,} copies stand with two persons."
+        )
     if series := counts.get("copy_search", {}).get("series"):
         lines.append(f"{series:,} images resemble many others (a series): only what agrees everywhere is a copy there.")
     if "external" in counts:

@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 from PIL import Image
 
-from dedup import hashing, images, sources
+from dedup import dicom, hashing, images, sources, subjects
 from dedup.manifest import SCHEMA, write_atomic
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 JPEG_SIDE = 128  # JPEGs may be decoded at reduced scale down to this side: PDQ then moves by at most 8 bits of 256
 BATCH = 256  # rows hashed together; never crosses a shard, so results do not depend on the number of workers
 COLUMNS = [  # and `link`, which only the keeper order needs
-    *("source", "shard", "offset", "size", "key", "caption", "width", "height", "format", "status", "error"),
+    *("source", "shard", "offset", "size", "key", "caption", "subject", "width", "height", "format", "status", "error"),
     *("sha256", "phash", "dhash", "pdq", "pdq_d4", "pdq_quality"),
 ]
 # What the bytes of a readable picture and the decode options decide.
@@ -37,12 +37,13 @@ class DecodeOptions:
     """Limits on untrusted images, and what is hashed.
 
     hash_decode: "fast" shrinks pictures before they are hashed, JPEGs while they are decoded; "exact" hashes all
-    pixels, pHash and dHash by imagehash itself.
+    pixels, pHash and dHash by imagehash itself. subject_key: a file; None = nobody asks who is shown.
     """
 
     max_pixels: int = images.MAX_PIXELS
     max_frames: int = images.MAX_FRAMES
     hash_decode: str = "fast"
+    subject_key: Path | None = None
 
 
 def fingerprint_shard(
@@ -113,6 +114,11 @@ def _fingerprint_record(
     row = dict.fromkeys(COLUMNS) | locate(shard, record.key)
     row |= {"key": record.key, "offset": record.offset, "size": record.size, "caption": record.caption}
     row |= {"link": record.link, "shard": record.file or shard.name}
+    medical = record.data is not None and dicom.is_dicom(record.data)
+    if options.subject_key is not None:
+        subject = record.subject or (dicom.read_patient(record.data or b"") if medical else None)
+        row["subject"] = subjects.hash_subject(options.subject_key, subject) if subject else None
+    row["format"] = images.DICOM if medical else None
     if record.data is None:
         return row | {"status": record.status, "error": record.error}
     row["sha256"] = sha256 = hashing.digest(record.data)

@@ -1,8 +1,8 @@
 """Bytes → pixels. Every image of the project passes through `decode`, or for hashing through `decode_luma`.
 
 In: the bytes of one file, untrusted. Out: upright 8-bit RGB on white, or its luma, or an `ImageError` with a status of
-the manifest. Size and frame limits are checked on the header, before any pixel is decoded. Knows nothing of hashes or
-training.
+the manifest. Size and frame limits are checked on the header, before any pixel is decoded. DICOM goes to `dicom.py`.
+Knows nothing of hashes or training.
 """
 
 import io
@@ -15,6 +15,8 @@ import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image
+
+from dedup import dicom
 
 MAX_PIXELS = 100_000_000
 MAX_FRAMES = 1_000
@@ -30,6 +32,7 @@ UNSUPPORTED = {
     (4, b"JXL "): "JPEG XL",
     (0, b"8BPS"): "Photoshop",
 }
+DICOM = "DICOM"  # as the format of a picture
 cv2.setNumThreads(1)  # pictures are many and small: several processes with several threads each are slower
 warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of a damaged file becomes its status
 SUFFIXES = frozenset(
@@ -37,6 +40,7 @@ SUFFIXES = frozenset(
     for suffix in (
         *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "dib", "tif", "tiff", "avif"),
         *("ppm", "pgm", "pbm", "pnm", "tga", "jp2", "j2k", "ico", "mpo"),
+        *("dcm", "dicom"),
         *("heic", "heif", "jxl", "psd"),  # rows that say `unsupported`
     )
 )
@@ -95,10 +99,15 @@ def decode(
         raise ImageError("unreadable", "zero bytes")
     Image.MAX_IMAGE_PIXELS = None  # of the first frame we say ourselves what is too large
     try:
+        if dicom.is_dicom(data):
+            frames = dicom.decode(data, montage=montage, max_pixels=max_pixels, max_frames=max_frames)
+            return Decoded(_stack(frames), frames[0].shape[1], frames[0].shape[0], DICOM)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return _decode_open(image, min_side, montage, max_pixels, max_frames)
     except ImageError:
         raise
+    except dicom.DicomError as error:
+        raise ImageError(error.status, str(error)) from error
     except Image.UnidentifiedImageError as error:
         for (offset, signature), name in UNSUPPORTED.items():
             if data.startswith(signature, offset):
@@ -140,7 +149,7 @@ def decode_luma(
 
 def _decode_jpeg_luma(data: bytes, min_side: int, max_pixels: int) -> Luma | None:
     """By libjpeg-turbo. None for all that `decode` should judge: other formats and colour spaces, limits, damage."""
-    if not data.startswith(b"\xff\xd8\xff"):
+    if not data.startswith(b"\xff\xd8\xff") or dicom.is_dicom(data):
         return None
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
@@ -252,6 +261,8 @@ def read_alpha(data: bytes) -> bytes:
 
     All of the data when it is damaged beyond the colours: then only equal files are equal.
     """
+    if dicom.is_dicom(data):
+        return b""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if not image.has_transparency_data:

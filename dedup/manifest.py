@@ -36,6 +36,7 @@ SCHEMA: Schema = {
     "key": pl.String,  # path relative to SRC, the sample key, or the id or number of the row
     "caption": pl.String,
     "captions": pl.List(pl.String),  # on kept rows: distinct captions of all rows they stand for
+    "subject": pl.String,  # the person that is shown, as a keyed hash; null where nobody says
     "width": pl.Int32,
     "height": pl.Int32,
     "effective_pixels": pl.Int64,  # width × height; less on an enlarged copy
@@ -51,7 +52,7 @@ SCHEMA: Schema = {
     "pdq_quality": pl.Int32,  # 0 … 100
     "cluster_id": pl.Int64,  # id of the keeper of the row's star
     "cluster_size": pl.Int64,
-    "component_id": pl.Int64,  # smallest id of the connected component over ALL pairs
+    "component_id": pl.Int64,  # smallest id of the connected component over ALL pairs, rows of one subject joined
     "keep": pl.Boolean,
     "kept_id": pl.Int64,  # for a dropped row: the kept row that it matches directly; null if it is external
     "reason": pl.String,

@@ -12,7 +12,6 @@ are read in parts, and never all at once.
 
 import shutil
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ def match_files(
     shards = queries.list_shards(pictures, layout)
     index = match.load(out)
     options = {"images": str(pictures), "against": str(out), "max_false_pairs": max_false_pairs}
-    versions = {name: version(name) for name in pipeline.LIBRARIES}
+    versions = pipeline.list_versions()
     decisive = [options, versions, [shard.fingerprint for shard in shards], told.rows(), (out / "run.json").read_text()]
     folder.mkdir(parents=True, exist_ok=True)
     with pipeline.lock(folder), engine.Workers(jobs) as workers:

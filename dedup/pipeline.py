@@ -10,9 +10,9 @@ import fcntl
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from dedup import (
     policy,
     search,
     sources,
+    subjects,
     verify,
 )
 from dedup import base as bases
@@ -44,6 +45,7 @@ POLICIES = (
     "against",
 )  # Options that another run on OUT may choose anew: nothing is hashed again
 LIBRARIES = ("unmemorize", "pillow", "imagehash", "numpy", "polars", "opencv-python-headless", "simplejpeg")
+DECODERS = ("pydicom", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls", "python-gdcm")
 
 
 class OutputError(OSError):
@@ -73,10 +75,19 @@ class Options:
     against: tuple[str, ...] = ()  # sources or finished runs; what is a copy of a picture there goes, with its star
 
 
-def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dict:
+def deduplicate(
+    src: Path,
+    out: Path,
+    options: Options,
+    *,
+    jobs: int = 0,
+    subject_key: Path | None = None,
+    understood: bool = False,
+) -> dict:
     """Deduplicate SRC into OUT and return the content of `run.json`.
 
-    jobs: worker processes, 0 = one per processor. Raises SourceError, OutputError, OptionsError or OSError.
+    jobs: worker processes, 0 = one per processor. subject_key: a file; None = OUT has one of its own. understood:
+    medical pictures may be read. Raises SourceError, OutputError, OptionsError, SubjectError or OSError.
     """
     out = out.resolve()
     src, layout = sources.fetch(src, options.layout)
@@ -85,16 +96,19 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
     if options.level == "copy":
         copies.check_encoder(options.encoder, options.weights, options.weights_sha256)
     shards = sources.list_shards(src, layout)
+    if layout.subject_column and not understood:
+        raise subjects.refuse(src, "pictures of persons (--subject-column)")
     base = _open_base(out, options)
     others = _open_others(src, out, options)
     out.mkdir(parents=True, exist_ok=True)
     with lock(out), engine.Workers(jobs) as workers:
         seconds: dict[str, float] = {}
-        decode = fingerprint.DecodeOptions(options.max_pixels, options.max_frames, options.hash_decode)
         with engine.timed(seconds, "fingerprint"):
-            work = _prepare(out, src, shards, options)
-            known = None if base is None else bases.take_over(base, shards, _stamp(shards), work / "signatures")
-            rows, sizes = _fingerprint(shards, work / "signatures", decode, known, workers)
+            key = subjects.choose_key(out / ".work", subject_key, None if base is None else base.out / ".work")
+            decode = fingerprint.DecodeOptions(options.max_pixels, options.max_frames, options.hash_decode, key)
+            work = _prepare(out, src, shards, options, key)
+            known = None if base is None else bases.take_over(base, shards, _stamp(shards, key), work / "signatures")
+            rows, sizes = _fingerprint(src, shards, work / "signatures", decode, known, workers, understood)
         if rows.is_empty():
             raise sources.SourceError(f"{src}: its shards hold no samples")
         rows = rows.with_columns(published=pl.lit(False) if base is None else bases.find_published(base, rows))
@@ -119,7 +133,7 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
         if others:
             with engine.timed(seconds, "against"):
                 searched = {} if copy_search is None or copy_search.near is None else copy_search.describe(pairs)
-                rows_in = against.Dataset(table, reader, out, record_options(options), searched, _stamp(shards))
+                rows_in = against.Dataset(table, reader, out, record_options(options), searched, _stamp(shards, key))
                 found, told = against.find(others, rows_in)
                 table = against.drop(table, found)
         with engine.timed(seconds, "write"):
@@ -131,6 +145,8 @@ def deduplicate(src: Path, out: Path, options: Options, *, jobs: int = 0) -> dic
                 about["against"] = [other.describe() for other in others]
                 counts |= {"against": told, "external": against.count_dropped(table, found, rows["published"])}
             against.write(out, found if others else None)
+            if table["subject"].count():
+                counts["subjects"] = subjects.count(table, pairs)
             run = write_outputs(out, src, shards, sizes, table, pairs, options, counts, about)
         seconds |= search_copies.seconds  # parts of "decide"
         manifest.write_json(out / "timings.json", {k: round(v, 3) for k, v in seconds.items()})
@@ -161,11 +177,11 @@ def lock(out: Path) -> Iterator[None]:
         yield
 
 
-def _prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options) -> Path:
+def _prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options, key: Path) -> Path:
     """The work folder, with signatures of shards that have changed since the last run removed."""
     path = out / ".work" / "options.json"
     chosen = record_options(options)
-    recorded = {"src": str(src), "options": chosen, "versions": _versions()}
+    recorded = {"src": str(src), "options": chosen, "versions": list_versions()}
     if path.exists():
         before = manifest.read_json(path)
         before["options"] = record_options(Options()) | before["options"]  # an older run knew fewer
@@ -186,7 +202,7 @@ def _prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options
     manifest.write_json(path, recorded)
     stamps_path = out / ".work" / "shards.json"
     before_stamps = manifest.read_json(stamps_path) if stamps_path.exists() else []
-    stamps = _stamp(shards)
+    stamps = _stamp(shards, key)
     for index, stamp in enumerate(stamps):
         if index >= len(before_stamps) or before_stamps[index] != stamp:
             (work / "signatures" / f"{index:05d}.parquet").unlink(missing_ok=True)
@@ -196,9 +212,9 @@ def _prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options
     return work
 
 
-def _stamp(shards: list[sources.Shard]) -> list[str]:
-    """What the signatures of each shard depend on, but for the options: other libraries hash otherwise."""
-    return [f"{shard.fingerprint} {_versions()}" for shard in shards]
+def _stamp(shards: list[sources.Shard], key: Path) -> list[str]:
+    """What the signatures of each shard depend on, but for the options: other libraries and keys hash otherwise."""
+    return [f"{shard.fingerprint} {list_versions()} {subjects.check_key(key)}" for shard in shards]
 
 
 def _open_base(out: Path, options: Options) -> bases.Base | None:
@@ -206,7 +222,7 @@ def _open_base(out: Path, options: Options) -> bases.Base | None:
         return None
     if Path(options.base) == out:
         raise OptionsError(f"{out} cannot be its own base: choose another -o")
-    return bases.load(Path(options.base), record_options(options), record_options(Options()), _versions())
+    return bases.load(Path(options.base), record_options(options), record_options(Options()), list_versions())
 
 
 def _open_others(src: Path, out: Path, options: Options) -> list[against.Other]:
@@ -223,27 +239,43 @@ def record_options(options: Options) -> dict[str, Any]:
     return chosen | chosen.pop("layout")
 
 
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in LIBRARIES}
+def list_versions() -> dict[str, str]:
+    """Of all that decides about pixels, as far as it is installed."""
+    found = {name: version(name) for name in LIBRARIES}
+    for name in DECODERS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _fingerprint(
+    src: Path,
     shards: list[sources.Shard],
     work: Path,
     decode: fingerprint.DecodeOptions,
     known: Path | None,
     workers: engine.Workers,
+    understood: bool,
 ) -> tuple[pl.DataFrame, list[int]]:
-    """Signatures of all shards, rows in input order with their ids; how many rows each shard has."""
+    """Signatures of all shards, rows in input order with their ids; how many rows each shard has.
+
+    Raises SubjectError after the first shard with medical pictures, unless that is understood.
+    """
     tasks = [(shard, index, work, decode, known) for index, shard in enumerate(shards)]
     with tqdm(desc="fingerprint", unit=" images", file=sys.stderr, disable=None) as bar:
-        for rows, unreadable in workers.run(fingerprint.fingerprint_shard, tasks):
+        for index, (rows, unreadable) in enumerate(workers.run(fingerprint.fingerprint_shard, tasks)):
+            if not understood and is_medical(pl.read_parquet(work / f"{index:05d}.parquet", columns=["format"])):
+                raise subjects.refuse(src, "medical pictures (DICOM)")
             bar.update(rows)
             if unreadable:
                 bar.set_postfix_str(f"{unreadable} unreadable in the last shard")
     frames = [pl.read_parquet(work / f"{index:05d}.parquet") for index in range(len(shards))]
-    table = pl.concat(frames).with_row_index("id").with_columns(pl.col("id").cast(pl.Int64))
+    table = pl.concat(frames, how="diagonal").with_row_index("id").with_columns(pl.col("id").cast(pl.Int64))
     return table, [len(frame) for frame in frames]
+
+
+def is_medical(rows: pl.DataFrame) -> bool:
+    return bool((rows["format"] == images.DICOM).any())
 
 
 def find_candidates(rows: pl.DataFrame, options: Options, jobs: int) -> pl.DataFrame:
@@ -272,9 +304,10 @@ def find_candidates(rows: pl.DataFrame, options: Options, jobs: int) -> pl.DataF
 def decide(rows: pl.DataFrame, pairs: pl.DataFrame, decisions: pl.DataFrame) -> pl.DataFrame:
     """Rows, pairs and decisions → the finished manifest."""
     evidence = _evidence(pairs, decisions)
+    joined = pl.concat([pairs.select("a", "b"), subjects.link_rows(rows["subject"])])
     table = pl.concat([rows, decisions, evidence], how="horizontal").with_columns(
         keep=pl.col("keep") & (pl.col("status") == "ok"),
-        component_id=pl.Series(clustering.components(pairs, len(rows))),
+        component_id=pl.Series(clustering.components(joined, len(rows))),
         cluster_size=pl.len().over("cluster_id"),
         reason=pl.when(pl.col("kept_id").is_not_null()).then(pl.col("signal").replace("pdq", "hash")),
     )
@@ -330,10 +363,11 @@ def write_outputs(
     manifest.write_atomic(out / "dropped.csv", listing.write_csv)
     if (src / "plant.parquet").exists():
         shutil.copyfile(src / "plant.parquet", out / "plant.parquet")
-    run: dict[str, Any] = {"src": str(src), "options": record_options(options), "versions": _versions()}
+    run: dict[str, Any] = {"src": str(src), "options": record_options(options), "versions": list_versions()}
     layouts = [asdict(layout) for layout in dict.fromkeys(shard.layout for shard in shards)]
     run |= {"layouts": layouts, "source": [shard.fingerprint for shard in shards], "shard_rows": sizes}
-    run |= about | {"counts": counts}
+    medical = options.layout.subject_column is not None or is_medical(table)
+    run |= about | {"medical": medical, "counts": counts}
     manifest.write_json(out / "run.json", run)
     return run
 

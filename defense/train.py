@@ -34,6 +34,7 @@ from tqdm import tqdm
 from dedup import manifest
 from dedup.engine import available_cpus
 from dedup.pipeline import lock
+from dedup.subjects import CAUTION
 from defense import model
 from defense.arms import select_rows
 from defense.data import (
@@ -157,7 +158,10 @@ def train(out: Path, arm: str, config: TrainConfig, run: Path, seed: int) -> Non
     out, run = out.resolve(), run.resolve()
     torch.set_num_threads(config.threads or available_cpus())
     rows = manifest.read(out)
-    src = Path(manifest.read_run(out)["src"])
+    described = manifest.read_run(out)
+    src = Path(described["src"])
+    if described.get("medical"):
+        print(f"Warning: {CAUTION}.", file=sys.stderr)
     rows = rows.with_columns(hold_out(rows, config.held_out, read_canary_keys(out)))
     training = select_rows(arm, rows.filter(~pl.col("held_out")), read_spare(src), seed)
     pipeline = model.build_tiny(

@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 
 HELD = 1 << 26  # bytes of images in memory before they are written
 NAME = 200  # bytes of a part of a name, at most: file systems take 255 bytes
-SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif"}  # other formats are named as they are
+SUFFIXES = {
+    "JPEG": "jpg",
+    "MPO": "jpg",
+    "JPEG2000": "jp2",
+    "TIFF": "tif",
+    "DICOM": "dcm",
+}  # other formats are named as they are
 META = ["key", "caption", "source", "width", "height", "sha256", "captions", "weight"]
 
 type Taken = Iterable[tuple[Mapping[str, Any], bytes]]

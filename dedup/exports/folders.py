@@ -33,10 +33,11 @@ def same(src: Path, shards: Sequence[Shard], rows: pl.DataFrame, dest: Path) -> 
         if change is not None
     }
     files = list_files(src)
+    known = {os.fsdecode(decode_name(key)) for key in rows["key"]}
     beside: dict[str, list[str]] = {}
     for name in files:
         dataset = is_tar(name) or is_parquet(name) or name.rpartition("/")[2] in READERS
-        if not (dataset or is_image(name)):
+        if not (dataset or is_image(name) or name in known):
             beside.setdefault(_stem(name), []).append(name)
     told = _filter_metadata(src, files, dest, taken, rows)
     for name, (sha256, change) in taken.items():

@@ -6,7 +6,7 @@ whose rows name files (CSV, TSV, JSONL, parquet), parquet with the bytes of imag
 are none, those below; one with neither as its parquet files. Hidden files and folders, and results of earlier runs, are
 passed over.
 
-A shard is the unit of work and of resuming. `list_shards(src, layout)` is cheap and touches no image;
+A shard is the unit of work and of resuming. `list_shards(src, layout)` is cheap and decodes no image;
 `read_shard(shard)` is a pure function of the shard; `read_image(...)` fetches one image again from its manifest row,
 which says all that is needed: no layout.
 """
@@ -45,6 +45,7 @@ class Layout:
     caption_column: str | None = None
     id_column: str | None = None  # the key of each row: present and different in all of them
     split: str | None = None  # of a Hugging Face dataset
+    subject_column: str | None = None  # of the person that is shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class Shard:
     part: tuple[int, int, int] = (0, 0, 0)  # row groups or batches from … to before …, and the number of the first row
     layout: Layout = Layout()  # with the columns that are read
     source: str | None = None  # what the manifest's `source` says; None: what the path says
+    subjects: tuple[str | None, ...] = ()  # of the members of a table; never on disk
 
 
 @dataclass(slots=True)
@@ -76,6 +78,7 @@ class Record:
     link: bool = False  # a symbolic link: of equal files, the one that holds the bytes is kept
     file: str | None = None  # encoded path relative to root, when the bytes lie in neither the shard nor the file `key`
     status: str = "missing"
+    subject: str | None = None  # as it is written: no file of a run may hold it
 
 
 def find_root(src: Path) -> Path:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ def find(names: Sequence[str], wanted: Sequence[str]) -> str | None:
 
 def require(place: object, names: Sequence[str], layout: Layout) -> None:
     """Raise SourceError unless the columns that options name are there, once each."""
-    for option in ("image_column", "caption_column", "id_column"):
+    for option in ("image_column", "caption_column", "id_column", "subject_column"):
         column = getattr(layout, option)
         if column is not None and names.count(column) != 1:
             problem = "stands there more than once" if column in names else "is not there"
@@ -93,10 +94,11 @@ def choose(place: object, schema: "pa.Schema", layout: Layout, keys: Sequence[st
     others = [name for name in names if name != image and _is_text(schema.field(name).type)]
     caption = layout.caption_column or find(others, CAPTIONS)
     key = layout.id_column or find(others, keys)
-    for option, column in (("caption", layout.caption_column), ("id", layout.id_column)):
+    texts = {"caption": layout.caption_column, "id": layout.id_column, "subject": layout.subject_column}
+    for option, column in texts.items():
         if column is not None and column not in others:
             raise SourceError(f"{place}: the --{option}-column {column!r} holds {schema.field(column).type}, no text")
-    return Layout(layout.format, layout.root, image, caption, key, layout.split)
+    return replace(layout, image_column=image, caption_column=caption, id_column=key)
 
 
 def _is_text(kind: "pa.DataType") -> bool:
@@ -177,20 +179,21 @@ def make_record(shard: Shard, file: str, number: int, offset: int, cell: Any, va
     """Row `number` of a file with images in it. cell: its image; offset: where in `file` that is found again."""
     layout = shard.layout
     caption = read_text(values[layout.caption_column]) if layout.caption_column else None
+    subject = read_text(values[layout.subject_column]) if layout.subject_column else None
     named = read_text(values[layout.id_column]) if layout.id_column else None
     key = encode_name((named or str(number)).encode())
     data, path = read_cell(cell)
     if data is not None and len(data) <= MAX_BYTES:
-        return Record(key, offset, len(data), data, caption, file=file)
+        return Record(key, offset, len(data), data, caption, file=file, subject=subject)
     if data is not None:
         problem = f"more than {MAX_BYTES:,} bytes"
     elif values.get("status", "success") != "success":  # as img2dataset says it
         problem = f"{values['status']}: {values.get('error_message')}"
     elif path is not None:
-        return read_beside(str(layout.root), shard.root, path, key, caption)
+        return replace(read_beside(str(layout.root), shard.root, path, key, caption), subject=subject)
     else:
         problem = f"no bytes in the column {layout.image_column!r}"
-    return Record(key, offset, 0, None, caption, problem, file=file)
+    return Record(key, offset, 0, None, caption, problem, file=file, subject=subject)
 
 
 def check_ids(place: object, values: Iterable[Any], start: int, column: str, seen: set[str]) -> None:

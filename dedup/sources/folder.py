@@ -2,7 +2,8 @@
 
 imagefolder metadata is `metadata.csv|jsonl|parquet` with a `file_name` column (relative to the metadata file) and a
 caption column `text` or `caption`; the metadata file nearest to an image wins. `X.json` is an object with `caption`, as
-img2dataset writes it; the rows of its `00000.parquet` that failed are listed where that file stands in the order.
+img2dataset writes it; the rows of its `00000.parquet` that failed are listed where that file stands in the order. DICOM
+files need no suffix.
 """
 
 import errno
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import polars as pl
 
+from dedup import dicom
 from dedup.images import SUFFIXES
 from dedup.manifest import decode_name, encode_name
 from dedup.sources import (
@@ -44,7 +46,8 @@ def list_shards(src: Path, files: Sequence[str]) -> list[Shard]:
     found = []
     for file in files:
         stem, _, suffix = file.rpartition(".")
-        if f".{suffix.lower()}" in SUFFIXES:
+        if f".{suffix.lower()}" in SUFFIXES or is_dicom(src, file):
+            stem = os.path.splitext(file)[0]  # noqa: PTH122 - as `_caption_beside` finds it
             beside = [name for name in (f"{stem}.txt", f"{stem}.json") if name in present]
         elif suffix == "parquet" and (src / stem).is_dir():
             beside = []
@@ -58,6 +61,13 @@ def list_shards(src: Path, files: Sequence[str]) -> list[Shard]:
         members, told, _ = zip(*part, strict=True)
         shards.append(Shard("folder", str(src), None, members, told, digest_stamps(part)))
     return shards
+
+
+def is_dicom(src: Path, file: str) -> bool:
+    """Whether a file without a suffix, or with a number for one as in `1.2.840.7`, is DICOM."""
+    name = file.rpartition("/")[2]
+    unnamed = "." not in name or name.rpartition(".")[2].isdigit()
+    return unnamed and name != "DICOMDIR" and dicom.holds_dicom(src / file)
 
 
 def _read_metadata(src: Path, files: Sequence[str]) -> dict[str, str]:

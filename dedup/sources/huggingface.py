@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,8 +50,7 @@ def load(src: Path, layout: Layout) -> tuple[Path, Layout]:
         reason = str(error).partition("\n")[0]
         raise SourceError(f"{shown}: `datasets` cannot load it ({type(error).__name__}: {reason})") from error
     root = layout.root or (str(datasets.config.HF_CACHE_HOME) if hub else name)
-    fields = (layout.image_column, layout.caption_column, layout.id_column, layout.split)
-    return Path(builder.cache_dir).resolve(), Layout("huggingface", root, *fields)
+    return Path(builder.cache_dir).resolve(), replace(layout, format="huggingface", root=root)
 
 
 def list_shards(src: Path, layout: Layout) -> list[Shard]:
@@ -64,7 +64,7 @@ def list_shards(src: Path, layout: Layout) -> list[Shard]:
         start = 0
         for name in names:
             _, stream = open_stream(src / name)
-            own = Layout("huggingface", root, layout.image_column, layout.caption_column, layout.id_column, split)
+            own = replace(layout, format="huggingface", root=root, split=split)
             chosen = columns.choose(src / name, stream.schema, own)
             sizes: list[int] = []
             for batch in _read_batches(src / name, stream):
@@ -153,7 +153,7 @@ def read_shard(shard: Shard) -> Iterator[Record]:
     path = find_file(Path(shard.root), str(shard.name))
     layout, (first, stop, number) = shard.layout, shard.part
     whole, stream = open_stream(path)
-    names = [name for name in (layout.caption_column, layout.id_column) if name]
+    names = [name for name in (layout.caption_column, layout.id_column, layout.subject_column) if name]
     for batch in islice(_read_batches(path, stream), first, stop):
         cells = batch.column(layout.image_column)
         places = _find_bytes(cells, whole, path)

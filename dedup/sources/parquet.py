@@ -11,6 +11,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -66,7 +67,7 @@ def list_shards(src: Path, layout: Layout) -> list[Shard]:
     seen: set[str] = set()
     for name in names:
         with closing(open_file(root / name)) as file:
-            own = Layout("parquet", allowed, layout.image_column, layout.caption_column, layout.id_column)
+            own = replace(layout, format="parquet", root=allowed)
             chosen = columns.choose(root / name, file.schema_arrow, own, columns.KEYS)
             if layout.id_column:
                 start = 0
@@ -121,7 +122,8 @@ def read_shard(shard: Shard) -> Iterator[Record]:
     with closing(open_file(path)) as file:
         schema = file.schema_arrow
         more = [name for name in ("status", "error_message") if "key" in schema.names and name in schema.names]
-        wanted = [name for name in (layout.image_column, layout.caption_column, layout.id_column, *more) if name]
+        chosen = (layout.image_column, layout.caption_column, layout.id_column, layout.subject_column)
+        wanted = [name for name in (*chosen, *more) if name]
         file_name = locate(shard, schema)
         for group in range(first, stop):
             number = row

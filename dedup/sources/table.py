@@ -10,6 +10,7 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import batched
 from pathlib import Path
@@ -49,7 +50,7 @@ def list_shards(src: Path, layout: Layout) -> list[Shard]:
     try:
         open_regular(src).close()
         names, read = READERS[src.suffix.lower()](src)
-        chosen = _choose(src, names, Layout("table", root, *_columns(layout), layout.split))
+        chosen = _choose(src, names, replace(layout, format="table", root=root))
         return list(_make_shards(src, chosen, read))
     except SourceError:
         raise
@@ -57,8 +58,9 @@ def list_shards(src: Path, layout: Layout) -> list[Shard]:
         raise SourceError(f"{src}: cannot be read ({str(error).partition('\n')[0]})") from error
 
 
-def _columns(layout: Layout) -> tuple[str | None, str | None, str | None]:
-    return layout.image_column, layout.caption_column, layout.id_column
+def _columns(layout: Layout) -> list[str]:
+    names = (layout.image_column, layout.caption_column, layout.id_column, layout.subject_column)
+    return [name for name in names if name is not None]
 
 
 def _choose(src: Path, names: list[str], layout: Layout) -> Layout:
@@ -70,20 +72,21 @@ def _choose(src: Path, names: list[str], layout: Layout) -> Layout:
         what = f"no column of paths (such as {', '.join(columns.PATHS[:4])})"
         raise SourceError(f"{src}: {what}: name it by --image-column; it has {columns.tell(names)}")
     caption = layout.caption_column or columns.find([name for name in names if name != image], columns.CAPTIONS)
-    chosen = Layout("table", layout.root, image, caption, layout.id_column)
+    chosen = replace(layout, image_column=image, caption_column=caption)
     columns.require(src, names, chosen)
     return chosen
 
 
 def _make_shards(src: Path, layout: Layout, read: Callable[[list[str]], Rows]) -> Iterator[Shard]:
-    wanted = [name for name in _columns(layout) if name is not None]
+    wanted = _columns(layout)
+    table = stamp_file(src) if layout.subject_column else None  # in the place of subjects, which no file may hold
     seen: set[str] = set()
     numbered = enumerate(read(wanted))
     for part in batched(numbered, ROWS_PER_SHARD):
         rows = [_read_row(src, number, dict(zip(wanted, values, strict=True)), layout, seen) for number, values in part]
-        paths, captions, keys = zip(*rows, strict=True)
+        paths, captions, keys, subjects = zip(*rows, strict=True)
         stamp = [stamp_file(os.path.join(str(layout.root), path)) for path in paths]  # noqa: PTH118
-        stamps = digest_stamps([layout, rows, stamp])
+        stamps = digest_stamps([layout, [row[:3] for row in rows], stamp, table])
         source = src.stem if layout.id_column else None
         yield Shard(
             "table",
@@ -96,13 +99,14 @@ def _make_shards(src: Path, layout: Layout, read: Callable[[list[str]], Rows]) -
             (0, 0, part[0][0]),
             layout,
             source,
+            subjects,
         )
 
 
 def _read_row(
     src: Path, number: int, values: dict[str, Any], layout: Layout, seen: set[str]
-) -> tuple[str, str | None, str]:
-    """Path as written, caption and key of a row; `seen`: the ids so far."""
+) -> tuple[str, str | None, str, str | None]:
+    """Path as written, caption, key and subject of a row; `seen`: the ids so far."""
     path = values[str(layout.image_column)]
     path = path.encode("utf-8", "replace").decode() if isinstance(path, str) else columns.read_text(path) or ""
     caption = columns.read_text(values.get(str(layout.caption_column)))
@@ -114,15 +118,16 @@ def _read_row(
     else:
         columns.check_ids(src, [values[layout.id_column]], number, layout.id_column, seen)
         key = str(columns.read_text(values[layout.id_column]))
-    return path, caption, encode_name(key.encode())
+    return path, caption, encode_name(key.encode()), columns.read_text(values.get(str(layout.subject_column)))
 
 
 def read_shard(shard: Shard) -> Iterator[Record]:
-    for path, caption, key in zip(shard.members, shard.captions, shard.keys, strict=True):
+    for path, caption, key, subject in zip(shard.members, shard.captions, shard.keys, shard.subjects, strict=True):
         if path:
-            yield columns.read_beside(str(shard.layout.root), shard.root, path, key, caption)
+            found = columns.read_beside(str(shard.layout.root), shard.root, path, key, caption)
         else:
-            yield Record(key, 0, 0, None, caption, f"no path in the column {shard.layout.image_column!r}")
+            found = Record(key, 0, 0, None, caption, f"no path in the column {shard.layout.image_column!r}")
+        yield replace(found, subject=subject)
 
 
 def _read_csv(path: Path, delimiter: str) -> tuple[list[str], Callable[[list[str]], Rows]]:
