@@ -46,6 +46,8 @@ def choose_key(work: Path, given: Path | None) -> tuple[Path, bool]:
     if given is None and not path.exists():
         write_atomic(path, lambda temporary: temporary.write_bytes(secrets.token_bytes(32)))
         path.chmod(0o600)
+    if not path.is_file():
+        raise SubjectError(f"--subject-key {path}: no such file: head -c 32 /dev/urandom > {path}")
     if path.stat().st_size < MIN_KEY:
         raise SubjectError(f"{path}: a key needs {MIN_KEY} bytes: head -c 32 /dev/urandom > {path}")
     now = {"given": given is not None, "check": hash_subject(path, "")}

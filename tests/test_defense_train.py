@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from test_defense_data import build_small, make_dataset, write_autoencoder
 
 from defense import data, model
 from defense import train as training
+from defense.arms import ArmError
 from defense.train import ConfigError, DivergedError, RunError, TrainConfig, load_config, train
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -330,3 +332,15 @@ def test_a_whole_number_may_stand_for_a_float(tmp_path):
     path = tmp_path / "right.toml"
     path.write_text("learning_rate = 1\nchannels = [32, 64]")
     assert load_config(path) == TrainConfig(learning_rate=1.0, channels=(32, 64))
+
+
+def test_medical_data_are_warned_of(out, config, tmp_path, capsys):
+    shutil.copytree(out, tmp_path / "out")
+    recorded = json.loads((out / "run.json").read_text())
+    for medical in (True, False):
+        (tmp_path / "out" / "run.json").write_text(json.dumps(recorded | {"medical": medical}))
+        with pytest.raises(ArmError):
+            train(tmp_path / "out", "none", config, tmp_path / "run", 0)
+        said = capsys.readouterr().err
+        assert said.startswith("Warning: diffusion models give back pictures") == medical
+        assert said.count("\n") == medical
