@@ -10,6 +10,7 @@ In: what a column or a header says; a finished manifest. Out: the column `subjec
 
 import hashlib
 import hmac
+import os
 import secrets
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from dedup.manifest import read_json, write_atomic, write_json
+from dedup.manifest import read_json, write_json
 
 KEY = "subject.key"
 RECORD = "subject.json"  # which key it was, for the next run
@@ -37,27 +38,42 @@ def refuse(src: Path, what: str) -> SubjectError:
     return SubjectError(f"{src} holds {what}: {CAUTION}: go on with --i-understand")
 
 
-def choose_key(work: Path, given: Path | None) -> tuple[Path, bool]:
-    """The file with the key, and whether it is another than before. Raises SubjectError or OSError.
+def choose_key(work: Path, given: Path | None, base: Path | None = None) -> Path:
+    """The file with the key: the user's, or the run's own, which is that of its base. Raises SubjectError or OSError.
 
-    A run with a key of the user's goes on with that one only.
+    work: of the run, base: of the one that it starts from. A run with a key of the user's goes on with that one only;
+    for one that has lost its own there is a new one.
     """
     path, record = given or work / KEY, work / RECORD
     if given is None and not path.exists():
-        write_atomic(path, lambda temporary: temporary.write_bytes(secrets.token_bytes(32)))
-        path.chmod(0o600)
+        work.mkdir(parents=True, exist_ok=True)
+        known = base is not None and (base / KEY).exists()
+        _write_secret(path, (base / KEY).read_bytes() if base and known else secrets.token_bytes(32))
     if not path.is_file():
         raise SubjectError(f"--subject-key {path}: no such file: head -c 32 /dev/urandom > {path}")
     if path.stat().st_size < MIN_KEY:
         raise SubjectError(f"{path}: a key needs {MIN_KEY} bytes: head -c 32 /dev/urandom > {path}")
-    now = {"given": given is not None, "check": hash_subject(path, "")}
+    now = {"given": given is not None, "check": check_key(path)}
     before = read_json(record) if record.exists() else now
     if before != now and (before["given"] or now["given"]):
         raise SubjectError(
             f"{work.parent} was made with another --subject-key: give that one, choose another -o or delete it"
         )
     write_json(record, now)
-    return path, before != now
+    return path
+
+
+def check_key(key: Path) -> str:
+    """What tells two keys apart, and says nothing of either: nobody is named by an empty text."""
+    return hash_subject(key, "")
+
+
+def _write_secret(path: Path, data: bytes) -> None:
+    """At no time may others read it, nor is there half of it."""
+    temporary = path.with_name(f".{path.name}")
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:  # noqa: PTH123
+        file.write(data)
+    temporary.replace(path)
 
 
 def hash_subject(key: Path, text: str) -> str:
