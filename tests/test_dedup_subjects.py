@@ -60,8 +60,8 @@ def read_rows(out: Path) -> pl.DataFrame:
 
 
 def run(src: Path, out: Path, *, level: str = "hash", understood: bool = True, **options: Any) -> dict:
-    key = options.pop("subject_key", None)
-    chosen = Options(level=level, layout=Layout(**options))
+    key, base = options.pop("subject_key", None), options.pop("base", None)
+    chosen = Options(level=level, layout=Layout(**options), base=base)
     return deduplicate(src, out, chosen, jobs=1, understood=understood, subject_key=key)
 
 
@@ -245,6 +245,19 @@ def test_the_key_of_a_run_is_secret_and_stays(table: Path, tmp_path: Path) -> No
     assert all(secret not in text for file, text in list_texts(tmp_path) if file != path)
 
 
+def test_a_grown_table_goes_on_with_the_key_of_its_base(table: Path, tmp_path: Path) -> None:
+    run(table, tmp_path / "base", subject_column="patient")
+    grown = table.with_name("grown.csv")
+    grown.write_text(table.read_text() + "39.png,one more,SENTINEL 3\n40.png,missing,SENTINEL 9\n")
+    run(grown, tmp_path / "out", subject_column="patient", base=str(tmp_path / "base"))
+    before, rows = (read_rows(tmp_path / name)["subject"].to_list() for name in ("base", "out"))
+    assert rows[:40] == before
+    assert rows[40] == before[3]
+    assert rows[41] not in before
+    run(grown, tmp_path / "other", subject_column="patient")
+    assert set(filter(None, read_rows(tmp_path / "other")["subject"])).isdisjoint(rows)
+
+
 def test_a_new_subject_in_the_table_is_seen(table: Path, tmp_path: Path) -> None:
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(png(number))
@@ -300,10 +313,10 @@ def test_a_table_and_a_tar_may_name_dicom_files(hospital: Path, tmp_path: Path) 
 
 
 def test_two_windows_of_one_slice(tmp_path: Path) -> None:
-    """Not seen by hashes. The copy level drops a mild change of tone, and keeps what shows other tissue."""
+    """No copies to the hash level. The copy level drops a mild change of tone, and keeps what shows other tissue."""
     src = tmp_path / "src"
     src.mkdir()
-    for name, windows in (("MR_small", [(600, 1600), (400, 900)]), ("693_J2KI", [(40, 100), (300, 1500)])):
+    for name, windows in (("CT_small", [(100, 2000), (50, 1500)]), ("693_J2KI", [(40, 100), (300, 1500)])):
         header = pydicom.dcmread(io.BytesIO(read(f"{name}.dcm")))
         for centre, width in windows:
             header.WindowCenter, header.WindowWidth = centre, width
@@ -312,5 +325,6 @@ def test_two_windows_of_one_slice(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "hash")["keep"].all()
     run(src, tmp_path / "copy", level="copy")
     rows = read_rows(tmp_path / "copy")
-    assert rows.filter(~pl.col("keep")).select("key", "reason").rows() == [("MR_small-900.dcm", "copy")]
+    assert rows.filter(~pl.col("keep")).select("key", "reason").rows() == [("CT_small-1500.dcm", "copy")]
+    assert rows.filter(pl.col("key").str.starts_with("693"))["class"].to_list() == ["look-alike"] * 2
     assert json.loads((tmp_path / "copy" / "run.json").read_text())["counts"]["subjects"]["subjects"] == 2
