@@ -12,15 +12,15 @@ SourceArgument = Annotated[
     Path,
     typer.Argument(
         metavar="SRC",
-        help="A folder of images, tar shards or parquet; a shard or pattern: '{00000..00399}.tar'; a table of paths; "
-        "a dataset that `datasets` saved, or hf://org/name.",
+        help="A folder of images, tar shards or parquet; a shard or pattern: '{00000..00399}.tar', here or at s3://… "
+        "or https://…; a table of paths or addresses; a dataset that `datasets` saved, or hf://org/name.",
     ),
 ]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
 JobsOption = Annotated[int, typer.Option(min=0, help="Worker processes; 0 = one per processor.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Keep = Literal["keep", "drop"]
-Format = Literal["folder", "webdataset", "table", "parquet", "huggingface"]
+Format = Literal["folder", "webdataset", "table", "parquet", "huggingface", "urls"]
 ExportFormat = Literal["same", "webdataset", "parquet", "huggingface", "imagefolder", "urls", "index"]
 Encoder = Literal["auto", "local", "sscd-distilled", "sscd", "clip", "dinov2"]
 
@@ -76,12 +76,25 @@ def dedup(
     i_understand: Annotated[
         bool, typer.Option("--i-understand", help="Read medical pictures and pictures of persons.")
     ] = False,
+    url_column: Annotated[str | None, typer.Option(help="Of addresses to download; default: by convention.")] = None,
+    download: Annotated[
+        Path | None, typer.Option(help="Where images of addresses are kept; default: OUT/download.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where remote shards are kept; default: ~/.cache/unmemorize.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a server may say nothing.")] = 10.0,
+    retries: Annotated[int, typer.Option(min=0, help="Of each address or shard, after the first time.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Addresses that are asked for at once.")] = 64,
+    private: Annotated[
+        Literal["refuse", "allow"], typer.Option(help="Addresses of a list inside this network.")
+    ] = "refuse",
     max_bad: Annotated[float, typer.Option(help="Share of unreadable inputs that is tolerated.")] = 0.01,
     json_: JsonOption = False,
 ) -> None:
     """Find duplicates in SRC and decide what to keep. Example: unmemorize dedup photos -o photos-dedup"""
     from dedup.pipeline import Options, deduplicate, resolve_auto
-    from dedup.sources import Layout, is_hub, name_source
+    from dedup.sources import Layout, Transfer, is_elsewhere, name_source
     from dedup.subjects import CAUTION
 
     out = out or Path(f"{name_source(src)}-dedup")
@@ -91,12 +104,13 @@ def dedup(
             raise typer.BadParameter("--embeddings takes the place of --encoder and --weights, at level copy")
         by, weights = "external", str(embeddings.resolve())
     begin = str(root.resolve()) if root else None
-    layout = Layout(format_, begin, image_column, caption_column, id_column, split, subject_column)
+    layout = Layout(format_, begin, image_column, caption_column, id_column, split, subject_column, url_column)
+    transfer = Transfer(download, cache, timeout, retries, threads, private == "allow")
     limits = (max_false_pairs, hash_decode, max_pixels, max_frames, flips, rotations)
     start = str(base.resolve()) if base else None
-    others = tuple(str(other if is_hub(other) else other.resolve()) for other in against or [])
+    others = tuple(str(other if is_elsewhere(other) else other.resolve()) for other in against or [])
     options = Options(chosen, by, weights, weights_sha256, *limits, layout=layout, base=start, against=others)
-    run = deduplicate(src, out, options, jobs=jobs, subject_key=subject_key, understood=i_understand)
+    run = deduplicate(src, out, options, jobs=jobs, subject_key=subject_key, understood=i_understand, transfer=transfer)
     if run["medical"]:
         typer.echo(f"Warning: {CAUTION}.", err=True)
     if report:

@@ -53,7 +53,7 @@ def match_files(
     OSError or ValueError.
     """
     out, folder = out.resolve(), folder.resolve()
-    pictures, layout = sources.fetch(pictures, sources.Layout())
+    pictures, layout = sources.fetch(pictures, sources.Layout(), sources.Transfer(folder / "download"))
     if pictures == folder or pictures in folder.parents:
         raise pipeline.OptionsError(f"{folder} lies inside {pictures}: choose another folder with -o")
     told = pl.DataFrame(schema={"name": pl.String, "prompt": pl.String}) if prompts is None else read_prompts(prompts)

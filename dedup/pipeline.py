@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -83,14 +83,18 @@ def deduplicate(
     jobs: int = 0,
     subject_key: Path | None = None,
     understood: bool = False,
+    transfer: sources.Transfer | None = None,
 ) -> dict:
     """Deduplicate SRC into OUT and return the content of `run.json`.
 
     jobs: worker processes, 0 = one per processor. subject_key: a file; None = OUT has one of its own. understood:
-    medical pictures may be read. Raises SourceError, OutputError, OptionsError, SubjectError or OSError.
+    medical pictures may be read. transfer: how SRC comes here; a list of addresses by default into OUT/download.
+    Raises SourceError, OutputError, OptionsError, SubjectError or OSError.
     """
     out = out.resolve()
-    src, layout = sources.fetch(src, options.layout)
+    origin = sources.tell_origin(src)
+    transfer = transfer or sources.Transfer()
+    src, layout = sources.fetch(src, options.layout, replace(transfer, download=transfer.download or out / "download"))
     if out == src or src in out.parents:
         raise OptionsError(f"{out} lies inside the source {src}: choose another folder with -o")
     if options.level == "copy":
@@ -147,7 +151,7 @@ def deduplicate(
             against.write(out, found if others else None)
             if table["subject"].count():
                 counts["subjects"] = subjects.count(table, pairs)
-            run = write_outputs(out, src, shards, sizes, table, pairs, options, counts, about)
+            run = write_outputs(out, src, origin, shards, sizes, table, pairs, options, counts, about)
         seconds |= search_copies.seconds  # parts of "decide"
         manifest.write_json(out / "timings.json", {k: round(v, 3) for k, v in seconds.items()})
     return run
@@ -336,6 +340,7 @@ def _evidence(pairs: pl.DataFrame, decisions: pl.DataFrame) -> pl.DataFrame:
 def write_outputs(
     out: Path,
     src: Path,
+    origin: str,
     shards: list[sources.Shard],
     sizes: list[int],
     table: pl.DataFrame,
@@ -363,7 +368,8 @@ def write_outputs(
     manifest.write_atomic(out / "dropped.csv", listing.write_csv)
     if (src / "plant.parquet").exists():
         shutil.copyfile(src / "plant.parquet", out / "plant.parquet")
-    run: dict[str, Any] = {"src": str(src), "options": record_options(options), "versions": list_versions()}
+    run: dict[str, Any] = {"src": str(src), "origin": origin}
+    run |= {"options": record_options(options), "versions": list_versions()}
     layouts = [asdict(layout) for layout in dict.fromkeys(shard.layout for shard in shards)]
     run |= {"layouts": layouts, "source": [shard.fingerprint for shard in shards], "shard_rows": sizes}
     medical = options.layout.subject_column is not None or is_medical(table)

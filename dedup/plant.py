@@ -101,7 +101,7 @@ def plant(
     A DST that was made from the same images with the same options is left as it is; any other must be new or
     empty. Raises PlantError.
     """
-    src, dst = src.resolve(), dst.resolve()
+    src, dst = sources.fetch(src, sources.Layout())[0], dst.resolve()
     _check_options(canaries, multiplicities, fillers, edited, seed)
     if spare is None:
         spare = sum(max(m - 1, 0) for m in multiplicities) * (canaries // len(multiplicities))

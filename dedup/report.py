@@ -63,6 +63,7 @@ def write_report(out: Path, *, jobs: int = 0, thumbnails: int = THUMBNAILS) -> P
     page = environment().get_template("dedup.html")
     text = page.render(
         **{name: run[name] for name in ("src", "counts", "options", "versions")},
+        origin=run.get("origin", run["src"]),
         **_summarise(rows, pairs, members),
         search=describe_search(search, shown.filter(pl.col("number").is_null())),
         credit=read_credit(src),

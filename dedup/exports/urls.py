@@ -22,7 +22,7 @@ from dedup.sources.parquet import open_file
 from dedup.sources.table import READERS
 from dedup.sources.webdataset import read_members, split_key
 
-NAMES = ("url", "image_url", "img_url", "link")
+LOOKED_FOR = ", ".join(columns.URLS)
 
 
 def write_urls(src: Path, shards: Sequence[Shard], parts: Sequence[pl.DataFrame], dest: Path) -> dict[str, int]:
@@ -37,7 +37,7 @@ def write_urls(src: Path, shards: Sequence[Shard], parts: Sequence[pl.DataFrame]
     taken = rows.with_columns(url=pl.Series(found, dtype=pl.String)).filter("take")
     listed = taken.filter(pl.col("url").is_not_null())
     if listed.is_empty():
-        raise ExportError(f"{src}: no row has an address (looked for {', '.join(NAMES)}): choose another --format")
+        raise ExportError(f"{src}: no row has an address (looked for {LOOKED_FOR}): choose another --format")
     more = [name for name in ("captions", "weight") if name in rows.columns]
     write_parquet(dest / "urls.parquet", listed.select("url", "key", *more, caption="text"))
     return {"urls": len(listed), "without_url": len(taken) - len(listed)}
@@ -45,16 +45,16 @@ def write_urls(src: Path, shards: Sequence[Shard], parts: Sequence[pl.DataFrame]
 
 def _read_table(src: Path) -> Iterator[str | None]:
     names, read = READERS[src.suffix.lower()](src)
-    column = columns.find(names, NAMES)
+    column = columns.find(names, columns.URLS)
     if column is None:
-        raise ExportError(f"{src}: has no column of addresses ({', '.join(NAMES)}); it has {columns.tell(names)}")
+        raise ExportError(f"{src}: has no column of addresses ({LOOKED_FOR}); it has {columns.tell(names)}")
     return (columns.read_text(value) for (value,) in read([column]))
 
 
 def _read_parquet(shard: Shard, rows: pl.DataFrame) -> Iterator[str | None]:
     path = find_file(Path(shard.root), str(shard.name))
     with closing(open_file(path)) as file:
-        column = columns.find(file.schema_arrow.names, NAMES)
+        column = columns.find(file.schema_arrow.names, columns.URLS)
         if column is None:
             yield from [None] * len(rows)
             return
@@ -65,7 +65,7 @@ def _read_parquet(shard: Shard, rows: pl.DataFrame) -> Iterator[str | None]:
 
 def _read_saved(shard: Shard, rows: pl.DataFrame) -> Iterator[str | None]:
     _, stream = open_stream(find_file(Path(shard.root), str(shard.name)))
-    column = columns.find(stream.schema.names, NAMES)
+    column = columns.find(stream.schema.names, columns.URLS)
     if column is None:
         yield from [None] * len(rows)
         return
@@ -105,7 +105,7 @@ def _find_url(data: bytes) -> str | None:
         value = json.loads(data)
     except (ValueError, RecursionError):
         return None
-    name = columns.find(list(value), NAMES) if isinstance(value, dict) else None
+    name = columns.find(list(value), columns.URLS) if isinstance(value, dict) else None
     return columns.read_text(value[name]) if name else None
 
 

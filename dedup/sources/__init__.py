@@ -1,10 +1,11 @@
 """Where images come from. One file a format; each turns SRC into shards, and a shard into records.
 
 SRC is a folder, a tar shard, a pattern that names tar shards (a glob, or braces as webdataset writes them), a table
-whose rows name files (CSV, TSV, JSONL, parquet), parquet with the bytes of images, a folder that `datasets` saved, or
-`hf://org/name`. A folder is read as its image files, however deep, and its tar shards: those at its top or, if there
-are none, those below; one with neither as its parquet files. Hidden files and folders, and results of earlier runs, are
-passed over.
+whose rows name files (CSV, TSV, JSONL, parquet), parquet with the bytes of images, a folder that `datasets` saved,
+`hf://org/name`, a table of addresses, or shards elsewhere (`s3://…`, `https://…`). `fetch` brings the last three to
+this machine; all else reads files. A folder is read as its image files, however deep, and its tar shards: those at its
+top or, if there are none, those below; one with neither as its parquet files. Hidden files and folders, and results of
+earlier runs, are passed over.
 
 A shard is the unit of work and of resuming. `list_shards(src, layout)` is cheap and decodes no image;
 `read_shard(shard)` is a pure function of the shard; `read_image(...)` fetches one image again from its manifest row,
@@ -12,12 +13,14 @@ which says all that is needed: no layout.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import stat
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -27,6 +30,7 @@ from dedup.manifest import decode_name
 WILDCARDS = frozenset("*?[{")
 MAX_BYTES = 1 << 31  # no image within the limits of `dedup.images` needs more; a film that is named .jpg does
 FORMATS = ("folder", "webdataset", "table", "parquet", "huggingface")
+URLS = "urls"  # the format of a list of addresses; once it is fetched, it is a webdataset
 HUB = "hf:"  # what `hf://org/name` begins with once it is a Path
 RESULTS = {"run.json", "pairs.parquet"}  # a folder that holds both was written by a run, and holds its thumbnails
 
@@ -39,13 +43,26 @@ class SourceError(OSError):
 class Layout:
     """How SRC is to be read, as far as the user has said so; None: by what SRC is, and by convention."""
 
-    format: str | None = None  # one of FORMATS
+    format: str | None = None  # one of FORMATS, or URLS
     root: str | None = None  # absolute: the folder that paths in a table are relative to, and must not leave
     image_column: str | None = None
     caption_column: str | None = None
     id_column: str | None = None  # the key of each row: present and different in all of them
     split: str | None = None  # of a Hugging Face dataset
     subject_column: str | None = None  # of the person that is shown
+    url_column: str | None = None  # of addresses, which are downloaded before anything is read
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """How SRC comes to this machine, if it is elsewhere. Decides nothing but that."""
+
+    download: Path | None = None  # where the images of a list of addresses are kept
+    cache: Path | None = None  # where remote shards are kept; None: the user's cache folder
+    timeout: float = 10.0  # seconds that a server may say nothing
+    retries: int = 1  # after the first time
+    threads: int = 64  # addresses that are asked for at once
+    private: bool = False  # addresses of a list may lead into this machine or its network
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +118,29 @@ def is_hub(src: Path) -> bool:
     return src.parts[:1] == (HUB,)
 
 
-def fetch(src: Path, layout: Layout) -> tuple[Path, Layout]:
-    """SRC on this machine: what `datasets` must load lies in its cache afterwards. Raises SourceError."""
-    from dedup.sources import huggingface
+def is_elsewhere(src: Path) -> bool:
+    """No path on this machine, but an address: `fetch` brings it here."""
+    from dedup.sources import remote
 
+    return is_hub(src) or remote.is_remote(src)
+
+
+def fetch(src: Path, layout: Layout, transfer: Transfer = Transfer()) -> tuple[Path, Layout]:
+    """SRC on this machine, and how it is read there. Raises SourceError.
+
+    What `datasets` must load lies in its cache afterwards, remote shards in ours, and what a list of addresses names in
+    `transfer.download`.
+    """
+    from dedup.sources import huggingface, remote, urls
+
+    if remote.is_remote(src):
+        src = remote.fetch(src, transfer)
     if is_hub(src) or (layout.format == "huggingface" and not huggingface.is_saved(src)):
         return huggingface.load(src, layout)
-    return src.resolve(), layout
+    src = src.resolve()
+    if urls.is_list(src, layout):
+        return urls.download(src, layout, transfer)
+    return src, layout
 
 
 def list_shards(src: Path, layout: Layout = Layout()) -> list[Shard]:
@@ -134,6 +167,8 @@ def list_again(out: Path, run: dict[str, Any]) -> list[Shard]:
     """The shards that a finished run saw (its `run.json`). Raises SourceError when SRC is gone or not what it was."""
     src, used = Path(run["src"]), run["layouts"][0]
     layout = Layout(**{each.name: run["options"].get(each.name) for each in fields(Layout)})
+    if layout.format == URLS or used["image_column"] is None:  # the options are those of a list that was downloaded
+        layout = Layout("webdataset" if layout.format == URLS else layout.format)
     if used["format"] == "huggingface":  # also what `datasets` had to load, with a root of its own
         layout = replace(layout, format="huggingface", root=used["root"])
     try:
@@ -144,7 +179,8 @@ def list_again(out: Path, run: dict[str, Any]) -> list[Shard]:
             f"where it is now"
         ) from error
     if [shard.fingerprint for shard in shards] != run["source"]:
-        raise SourceError(f"{src} has changed since {out} was made: run `unmemorize dedup {src} -o {out}`")
+        again = run.get("origin", src)
+        raise SourceError(f"{src} has changed since {out} was made: run `unmemorize dedup {again} -o {out}`")
     return shards
 
 
@@ -157,6 +193,26 @@ def detect(src: Path, layout: Layout) -> str | None:
     if src.is_file() and parquet.is_parquet(src.name):
         return "parquet" if parquet.holds_images(src, layout) else "table"
     return "table" if src.suffix.lower() in table.READERS and not src.is_dir() else None
+
+
+def tell_origin(src: Path) -> str:
+    """SRC as the user named it: an address, without passwords and signatures, or an absolute path."""
+    from dedup.sources import remote
+
+    if is_hub(src):
+        return f"hf://{'/'.join(src.parts[1:])}"
+    return remote.tell(src) if remote.is_remote(src) else str(src.resolve())
+
+
+@contextmanager
+def hold(lock: Path, what: str) -> Iterator[None]:
+    """Nobody else in the meantime: raises SourceError while another process holds it. It goes with the process."""
+    with lock.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SourceError(f"{what} is in use by another run: wait for it") from error
+        yield
 
 
 def _list_files_and_tars(src: Path, kind: str | None) -> list[Shard]:

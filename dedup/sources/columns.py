@@ -24,6 +24,7 @@ PATHS = ("file_name", "image_path", "image", "path", "filepath", "file_path", "f
 BYTES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "image_bytes", "bytes", "data")
 CAPTIONS = ("text", "caption", "captions", "alt_text", "alt", "title", "description", "prompt")
 KEYS = ("key", "__key__")
+URLS = ("url", "image_url", "img_url", "link")
 
 
 def find(names: Sequence[str], wanted: Sequence[str]) -> str | None:
@@ -33,7 +34,7 @@ def find(names: Sequence[str], wanted: Sequence[str]) -> str | None:
 
 def require(place: object, names: Sequence[str], layout: Layout) -> None:
     """Raise SourceError unless the columns that options name are there, once each."""
-    for option in ("image_column", "caption_column", "id_column", "subject_column"):
+    for option in ("image_column", "caption_column", "id_column", "subject_column", "url_column"):
         column = getattr(layout, option)
         if column is not None and names.count(column) != 1:
             problem = "stands there more than once" if column in names else "is not there"
@@ -137,7 +138,7 @@ def read_scalar(value: "pa.Scalar") -> Any:
 def find_inside(root: str, text: str) -> str:
     """A path as it is written, relative to `root` or absolute → relative to `root`. Raises ValueError outside of it."""
     if "://" in text:
-        raise ValueError("an address, not a file: download it first, for example with img2dataset")
+        raise ValueError("an address, not a file: --url-column names a column of addresses, which are downloaded")
     if "\0" in text:
         raise ValueError("no name of a file: it holds a zero byte")
     whole = os.path.normpath(os.path.join(root, text))  # noqa: PTH118 - a million of them, lexically

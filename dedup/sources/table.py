@@ -10,6 +10,7 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import batched
@@ -43,15 +44,22 @@ def list_shards(src: Path, layout: Layout) -> list[Shard]:
     root = str(Path(layout.root).resolve()) if layout.root else str(src.parent)
     if not Path(root).is_dir():
         raise SourceError(f"--root {root}: no such folder")
-    from pyarrow import ArrowException
-
     if not src.exists():
         raise SourceError(f"{src}: no such file")
-    try:
+    with explained(src):
         open_regular(src).close()
         names, read = READERS[src.suffix.lower()](src)
         chosen = _choose(src, names, replace(layout, format="table", root=root))
         return list(_make_shards(src, chosen, read))
+
+
+@contextmanager
+def explained(src: Path) -> Iterator[None]:
+    """Whatever a READER raises in this block, as one line about SRC: SourceError."""
+    from pyarrow import ArrowException
+
+    try:
+        yield
     except SourceError:
         raise
     except (OSError, ArrowException, UnicodeDecodeError) as error:
