@@ -6,11 +6,14 @@ import io
 import json
 import os
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -26,7 +29,7 @@ from dedup.export import MARK, Options, export, keep
 from dedup.exports import ExportError
 from dedup.pipeline import Options as DedupOptions
 from dedup.pipeline import deduplicate
-from dedup.sources import Layout, SourceError
+from dedup.sources import Layout, SourceError, Transfer
 from eval.cli import app
 
 
@@ -176,12 +179,50 @@ def make_splits(folder: Path) -> tuple[Path, Layout]:
     return folder / "src", Layout()
 
 
+def make_remote(folder: Path) -> tuple[Path, Layout]:
+    system = fsspec.filesystem("memory")
+    for name, numbers in (("00000", [0, 1, 2]), ("00001", [3, 4, 5])):
+        system.pipe(f"/{folder.name}/{name}.tar", pack(numbers))
+    return Path(f"memory://{folder.name}/{{00000..00001}}.tar"), Layout()
+
+
+class Proxy(BaseHTTPRequestHandler):
+    """Answers for whatever server is meant."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        data = DATA[URLS.index(self.path)]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def make_addresses(folder: Path) -> tuple[Path, Layout]:
+    """Downloaded already: all that follows needs no server."""
+    pl.DataFrame({"url": URLS, "caption": CAPTIONS}).write_parquet(folder / "shop.parquet")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server, pytest.MonkeyPatch.context() as patch:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        patch.setenv("http_proxy", f"http://127.0.0.1:{server.server_port}")
+        sources.fetch(folder / "shop.parquet", Layout(), elsewhere(folder))
+        server.shutdown()
+    return folder / "shop.parquet", Layout()
+
+
+def elsewhere(folder: Path) -> Transfer:
+    return Transfer(folder / "download", folder / "cache")
+
+
 SOURCES: dict[str, Callable[[Path], tuple[Path, Layout]]] = {
     "folder": make_folder,
     "imagefolder": make_imagefolder,
     "tars": make_tars,
     "gzipped tar": make_gzipped,
     "img2dataset": make_downloaded,
+    "tars elsewhere": make_remote,
+    "addresses": make_addresses,
     "csv": lambda folder: make_table(folder, "csv"),
     "tsv": lambda folder: make_table(folder, "tsv"),
     "jsonl": lambda folder: make_table(folder, "jsonl"),
@@ -192,11 +233,13 @@ SOURCES: dict[str, Callable[[Path], tuple[Path, Layout]]] = {
 }
 
 
-@pytest.fixture(scope="module", params=SOURCES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name == "addresses")) for name in SOURCES]
+)
 def run_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
     folder = tmp_path_factory.mktemp("made")
     src, layout = SOURCES[request.param](folder)
-    deduplicate(src, folder / "out", DedupOptions(layout=layout), jobs=1)
+    deduplicate(src, folder / "out", DedupOptions(layout=layout), jobs=1, transfer=elsewhere(folder))
     assert manifest.read(folder / "out").filter("keep")["id"].to_list() == KEPT
     return request.param, src, folder / "out"
 
@@ -219,7 +262,7 @@ def read_webdataset(dest: Path) -> Iterator[dict[str, Any]]:
         record = json.loads(sample["json"])
         listed = json.loads(sample.get("captions.json", b"null")) or record.get("captions", [])
         weight = json.loads(sample.get("weight.json", b"null")) or record.get("weight")
-        yield {"data": sample["png"], "caption": caption, "captions": listed, "weight": weight}
+        yield {"data": sample.get("png") or sample["jpg"], "caption": caption, "captions": listed, "weight": weight}
 
 
 def read_rows(whole: datasets.Dataset) -> Iterator[dict[str, Any]]:
@@ -286,6 +329,8 @@ READ_SAME = {
     "tars": read_webdataset,
     "gzipped tar": read_webdataset,
     "img2dataset": read_webdataset,
+    "tars elsewhere": read_webdataset,
+    "addresses": read_webdataset,
     "csv": read_table,
     "tsv": read_table,
     "jsonl": read_table,
