@@ -1,7 +1,7 @@
 """The copy level: pictures that were cropped, framed, turned, faded … → pairs with evidence.
 
 In: rows, and the stars that the hash level made of them. One representative of each star is embedded and looked up
-among the others; each candidate is matched by local features and laid over (`geometry`). Then gaps are closed: a kept
+among the others; each candidate is matched by local features and laid over (`overlay`). Then gaps are closed: a kept
 row whose partner was dropped is compared with the row that it was dropped to, because only a direct match may delete.
 """
 
@@ -23,6 +23,7 @@ from dedup import (
     images,
     look,
     manifest,
+    overlay,
     vectors,
     verify,
     vocabulary,
@@ -84,7 +85,7 @@ class CopySearch:
             near = near.join(known, on=["a", "b"], how="anti", maintain_order="left")
         self.compared = pl.concat([self.compared, near.select("a", "b")])
         strict = pl.Series(self.strict).gather(near["a"]) | pl.Series(self.strict).gather(near["b"])
-        least = pl.when(strict).then(geometry.COPY_EVIDENCE).otherwise(geometry.MIN_EVIDENCE)
+        least = pl.when(strict).then(overlay.COPY_EVIDENCE).otherwise(geometry.MIN_EVIDENCE)
         found = pl.concat([near.select("a", "b", "cosine"), self._match(near)], how="horizontal")
         found = found.filter(pl.col("inliers") >= least)
         found = found.with_columns(**{"class": pl.lit("copy")}, signal=pl.lit("copy"))
@@ -329,14 +330,14 @@ def judge(load_a: Load, load_b: Load, found: geometry.Match, *, strict: bool) ->
     same, else where they overlap.
     """
     pixels_a, pixels_b = load_a(PICTURE).pixels, load_b(PICTURE).pixels
-    strict |= min(max(pixels_a.shape), max(pixels_b.shape)) < geometry.SIDE
-    alignment = geometry.align(pixels_a, pixels_b, found)
-    kind = geometry.classify(found, alignment, strict=strict)
-    if kind is not None and geometry.needs_close_look(found, alignment, strict=strict):
+    strict |= min(max(pixels_a.shape), max(pixels_b.shape)) < overlay.SIDE
+    alignment = overlay.align(pixels_a, pixels_b, found)
+    kind = overlay.classify(found, alignment, strict=strict)
+    if kind is not None and overlay.needs_close_look(found, alignment, strict=strict):
         a, b = load_a(look.CLOSE_SIDE), load_b(look.CLOSE_SIDE)
-        if alignment.covered >= geometry.SAME_FRAME:
+        if alignment.covered >= overlay.SAME_FRAME:
             kind = "copy" if verify.is_same_picture(b, a, geometry.orientation(found)) else "look-alike"
-        elif kind == "copy" and not verify.is_close(*geometry.lay_closely(a.pixels, b.pixels, found), verify.MAX_LOSSY):
+        elif kind == "copy" and not verify.is_close(*overlay.lay_closely(a.pixels, b.pixels, found), verify.MAX_LOSSY):
             kind = "look-alike"
     return kind, alignment.score, alignment.overlap
 

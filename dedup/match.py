@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from dedup import copies, engine, features, geometry, hashing, images, look, manifest, vectors
+from dedup import copies, engine, features, geometry, hashing, images, look, manifest, overlay, vectors
 from dedup.index import Dataset, Index, fold
 from dedup.index import load as load
 from dedup.manifest import ORIENTATIONS, Schema
@@ -88,7 +88,7 @@ def compare(
     """(location of a row, place of its features, is the query mirrored, is the row in a series) → EVIDENCE or nulls."""
     results: list[tuple] = []
     for row, place, mirrored, strict in candidates:
-        least = geometry.COPY_EVIDENCE if strict else geometry.MIN_EVIDENCE
+        least = overlay.COPY_EVIDENCE if strict else geometry.MIN_EVIDENCE
         found = geometry.match(query, _features_of(row, place, dataset), mirrored)
         if found is None or found.inliers < least:
             results.append((None,) * len(EVIDENCE))

@@ -13,7 +13,19 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from test_dedup_features import photograph
 from test_dedup_geometry import EDITS, add_caption_bar, add_shop_frame, draw_circles
 
-from dedup import clustering, copies, embedding, features, geometry, hashing, manifest, neighbours, policy, vectors
+from dedup import (
+    clustering,
+    copies,
+    embedding,
+    features,
+    geometry,
+    hashing,
+    manifest,
+    neighbours,
+    overlay,
+    policy,
+    vectors,
+)
 from dedup.fingerprint import DecodeOptions
 from dedup.pipeline import Options, OptionsError, deduplicate
 
@@ -136,7 +148,7 @@ def test_pairs_carry_their_evidence(web: Run) -> None:
     found = web.pairs.filter((pl.col("signal") == "copy") & (pl.col("class") == "copy"))
     assert len(found) > 40
     assert found["inliers"].min() >= geometry.MIN_EVIDENCE
-    assert found["overlap"].is_between(geometry.MIN_OVERLAP, 1).all()
+    assert found["overlap"].is_between(overlay.MIN_OVERLAP, 1).all()
     assert (found["transform"].list.len() == 9).all()
     assert found["hamming"].null_count() == len(found)
 

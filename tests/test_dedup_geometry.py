@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 from test_dedup_features import photograph, random_features
 
-from dedup import features, geometry, verify
+from dedup import features, geometry, overlay, verify
 from dedup.clustering import inverse_orientation
 from dedup.features import Features
 from dedup.geometry import Match
@@ -49,7 +49,7 @@ def match(a: np.ndarray, b: np.ndarray) -> Match | None:
 
 def judge(a: np.ndarray, b: np.ndarray, found: Match | None) -> str | None:
     """As `copies.judge_pairs` does, but for the close look at drawings."""
-    return None if found is None else geometry.classify(found, geometry.align(a, b, found))
+    return None if found is None else overlay.classify(found, overlay.align(a, b, found))
 
 
 def judge_all(pictures: list[np.ndarray]) -> tuple[list[Match | None], list[str | None]]:
@@ -103,7 +103,7 @@ def test_rotation_and_scale(degrees: float, scale: float) -> None:
     assert not found.mirrored
     assert corner_error(found.transform, truth, pixels.shape) < 0.02
     assert judge(pixels, moved, found) == "copy"
-    assert geometry.align(pixels, moved, found).overlap > 0.97
+    assert overlay.align(pixels, moved, found).overlap > 0.97
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -128,7 +128,7 @@ def test_crop_and_mirror(seed: int, left: float, top: float, share: float, mirro
     back = corner_error(np.linalg.inv(found.transform), np.linalg.inv(truth), part.shape)
     assert back < 0.02
     assert judge(pixels, part, found) == "copy"
-    alignment = geometry.align(pixels, part, found)
+    alignment = overlay.align(pixels, part, found)
     assert alignment.overlap > 0.95
     assert alignment.covered == pytest.approx(share**2, abs=0.04)
 
@@ -174,9 +174,9 @@ def test_upright_is_within_thirty_degrees(angle: float) -> None:
 
 
 def test_one_frame_with_little_in_common_is_for_the_close_look() -> None:
-    photographs = geometry.align(photograph(0), photograph(0), Match(np.eye(3), False, 100))
-    assert geometry.needs_close_look(Match(np.eye(3), False, 16), photographs)
-    assert not geometry.needs_close_look(Match(np.eye(3), False, 30), photographs)
+    photographs = overlay.align(photograph(0), photograph(0), Match(np.eye(3), False, 100))
+    assert overlay.needs_close_look(Match(np.eye(3), False, 16), photographs)
+    assert not overlay.needs_close_look(Match(np.eye(3), False, 30), photographs)
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -364,7 +364,7 @@ def test_pasted_on_another_picture() -> None:
         found = match(one, pasted)
         assert found is not None
         assert judge(one, pasted, found) == "copy"
-        alignment = geometry.align(one, pasted, found)
+        alignment = overlay.align(one, pasted, found)
         assert alignment.overlap > 0.97
         assert alignment.covered == pytest.approx(0.36, abs=0.02)
 
@@ -380,21 +380,21 @@ def test_laying_a_over_b_says_what_b_over_a_says(edit: str) -> None:
         )
         found = match(a, b)
         assert found is not None
-        one = geometry.align(a, b, found)
-        two = geometry.align(b, a, Match(np.linalg.inv(found.transform), False, found.inliers))
+        one = overlay.align(a, b, found)
+        two = overlay.align(b, a, Match(np.linalg.inv(found.transform), False, found.inliers))
         assert one.overlap == pytest.approx(two.overlap, abs=0.01)
         assert one.covered == pytest.approx(two.covered, abs=0.01)
         assert one.score == pytest.approx(two.score, abs=0.05)
-        assert geometry.classify(found, one) == geometry.classify(found, two)
+        assert overlay.classify(found, one) == overlay.classify(found, two)
 
 
 def test_mirrored_pictures_are_laid_over_mirrored() -> None:
     a = photograph(0)
-    alignment = geometry.align(np.ascontiguousarray(a[:, ::-1]), a, Match(np.eye(3), True, 100))
+    alignment = overlay.align(np.ascontiguousarray(a[:, ::-1]), a, Match(np.eye(3), True, 100))
     assert alignment.agreement == 1
     assert alignment.unexplained == 0
     assert alignment.overlap == alignment.covered == pytest.approx(1)
-    upright = geometry.align(np.ascontiguousarray(a[:, ::-1]), a, Match(np.eye(3), False, 100))
+    upright = overlay.align(np.ascontiguousarray(a[:, ::-1]), a, Match(np.eye(3), False, 100))
     assert upright.score < 0.1
 
 
@@ -403,8 +403,8 @@ def test_uniform_pictures_say_nothing(shape: tuple[int, int]) -> None:
     grey, white = np.full((*shape, 3), 128, np.uint8), np.full((*shape, 3), 255, np.uint8)
     for a, b in ((grey, white), (grey, grey), (grey, photograph(0)), (photograph(0), grey)):
         assert match(a, b) is None
-        alignment = geometry.align(a, b, Match(np.eye(3), False, 200))
-        assert geometry.classify(Match(np.eye(3), False, 200), alignment) != "copy"
+        alignment = overlay.align(a, b, Match(np.eye(3), False, 200))
+        assert overlay.classify(Match(np.eye(3), False, 200), alignment) != "copy"
         values = [alignment.overlap, alignment.covered, alignment.even, alignment.agreement, alignment.unexplained]
         assert np.isfinite(values).all()
         assert 0 <= min(values) <= max(values) <= 1
@@ -423,11 +423,11 @@ def test_wild_transforms_are_measured_without_complaint(
     if abs(np.linalg.det(transform)) < 1e-3:
         return
     found = Match(transform, mirrored, 60)
-    alignment = geometry.align(photograph(0, 96, 64), photograph(1, 64, 96), found)
+    alignment = overlay.align(photograph(0, 96, 64), photograph(1, 64, 96), found)
     values = [alignment.overlap, alignment.covered, alignment.even, alignment.agreement, alignment.unexplained]
     assert np.isfinite([*values, alignment.places]).all()
     assert 0 <= min(values) <= max(values) <= 1
-    assert geometry.classify(found, alignment) != "copy"
+    assert overlay.classify(found, alignment) != "copy"
 
 
 def test_a_perspective_that_turns_over_is_none() -> None:
@@ -459,15 +459,15 @@ def test_drawings_in_the_same_frame_are_for_the_close_look() -> None:
     two = one.copy()
     ImageDraw.Draw(two).ellipse((110, 110, 150, 150), fill=(200, 0, 0))
     found = Match(np.eye(3), False, 100)
-    alignment = geometry.align(np.asarray(one), np.asarray(two), found)
-    assert geometry.needs_close_look(found, alignment)
-    photographs = geometry.align(photograph(0), photograph(0), found)
-    assert not geometry.needs_close_look(found, photographs)
-    part = geometry.align(
+    alignment = overlay.align(np.asarray(one), np.asarray(two), found)
+    assert overlay.needs_close_look(found, alignment)
+    photographs = overlay.align(photograph(0), photograph(0), found)
+    assert not overlay.needs_close_look(found, photographs)
+    part = overlay.align(
         np.asarray(one), np.asarray(two.crop((0, 0, 200, 200))), Match(np.diag([1.28, 1.28, 1]), False, 100)
     )
-    assert geometry.needs_close_look(found, part)
-    assert not verify.is_close(*geometry.lay_closely(np.asarray(one), np.asarray(two), found), verify.MAX_LOSSY)
+    assert overlay.needs_close_look(found, part)
+    assert not verify.is_close(*overlay.lay_closely(np.asarray(one), np.asarray(two), found), verify.MAX_LOSSY)
 
 
 def test_what_overlaps_is_laid_closely_whatever_the_frame() -> None:
@@ -481,7 +481,7 @@ def test_what_overlaps_is_laid_closely_whatever_the_frame() -> None:
         pixels = np.asarray(other)
         found = match(np.asarray(whole), pixels)
         assert found is not None
-        laid = geometry.lay_closely(np.asarray(whole), pixels, found)
+        laid = overlay.lay_closely(np.asarray(whole), pixels, found)
         assert laid[0].shape == laid[1].shape
         assert verify.is_close(*laid, verify.MAX_LOSSY) == same
 
@@ -490,18 +490,18 @@ def test_a_picture_put_into_another_drawing_is_no_crop_of_it() -> None:
     head = draw_circles(0)
     figure = Image.new("RGB", (320, 400), "white")
     figure.paste(head, (30, 10))
-    trimmed = geometry.align(np.asarray(head), np.asarray(figure), Match(place(head, figure, (30, 10)), False, 100))
+    trimmed = overlay.align(np.asarray(head), np.asarray(figure), Match(place(head, figure, (30, 10)), False, 100))
     assert not trimmed.composed
     ImageDraw.Draw(figure).rectangle((60, 300, 260, 390), fill=(40, 90, 200))
     found = Match(place(head, figure, (30, 10)), False, 100)
-    alignment = geometry.align(np.asarray(head), np.asarray(figure), found)
+    alignment = overlay.align(np.asarray(head), np.asarray(figure), found)
     assert alignment.composed
-    assert geometry.classify(found, alignment) == "same-scene"
+    assert overlay.classify(found, alignment) == "same-scene"
     cut = figure.crop((60, 60, 250, 250))  # through what is drawn
     found = Match(place(cut, figure, (60, 60)), False, 100)
-    alignment = geometry.align(np.asarray(cut), np.asarray(figure), found)
+    alignment = overlay.align(np.asarray(cut), np.asarray(figure), found)
     assert not alignment.composed
-    assert geometry.classify(found, alignment) == "copy"
+    assert overlay.classify(found, alignment) == "copy"
 
 
 def test_a_letter_that_fills_its_picture_is_no_crop_of_an_accented_one() -> None:
@@ -510,19 +510,19 @@ def test_a_letter_that_fills_its_picture_is_no_crop_of_an_accented_one() -> None
     accented.paste(letter, (25, 115))
     ImageDraw.Draw(accented).rectangle((60, 20, 180, 70), fill=(40, 90, 200))
     found = Match(place(letter, accented, (25, 115)), False, 100)
-    alignment = geometry.align(np.asarray(letter), np.asarray(accented), found)
+    alignment = overlay.align(np.asarray(letter), np.asarray(accented), found)
     assert alignment.composed
-    assert geometry.classify(found, alignment) == "same-scene"
+    assert overlay.classify(found, alignment) == "same-scene"
 
 
 def test_a_drawing_on_shaded_paper_is_a_drawing() -> None:
     flat = np.asarray(draw_circles(0)).astype(np.float32)
     shade = np.linspace(0.7, 1, flat.shape[1], dtype=np.float32)[None, :, None]
     shaded = np.rint(flat * shade).astype(np.uint8)
-    alignment = geometry.align(shaded, shaded, Match(np.eye(3), False, 100))
-    assert alignment.even > 5 * geometry.DRAWING
+    alignment = overlay.align(shaded, shaded, Match(np.eye(3), False, 100))
+    assert alignment.even > 5 * overlay.DRAWING
     noisy = np.clip(shaded + np.random.default_rng(0).normal(0, 8, flat.shape), 0, 255).astype(np.uint8)
-    assert geometry.align(noisy, noisy, Match(np.eye(3), False, 100)).even < geometry.DRAWING
+    assert overlay.align(noisy, noisy, Match(np.eye(3), False, 100)).even < overlay.DRAWING
 
 
 def place(part: Image.Image, whole: Image.Image, corner: tuple[int, int]) -> np.ndarray:
