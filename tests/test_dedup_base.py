@@ -331,7 +331,8 @@ def test_published_survivors_never_flip(data: st.DataObject) -> None:
     rank[np.lexsort((natural, ~published))] = np.arange(n)
     flips = data.draw(st.sampled_from(["keep", "drop"]))
     order = pl.Series(rank)
-    decided = clustering.decide(pairs, order, flips=flips, published=pl.Series(published))
+    told = pairs.with_columns(signal=pl.lit("pdq"))
+    decided = clustering.decide(told, order, flips=flips, published=pl.Series(published))
     keep = decided["keep"].to_numpy()
     assert keep[published].all()
     direct = {frozenset(pair[:2]) for pair in pairs.filter(pl.col("class") == "copy").rows()}
