@@ -61,7 +61,7 @@ def dedup(
         ),
     ] = None,
     prefer: Annotated[
-        str, typer.Option(help="What is kept: resolution, quality, source:NAME … before the usual order.")
+        str, typer.Option(help="Keep by resolution, quality, bytes, caption, source:NAME …, then as usual.")
     ] = "",
     per: Annotated[
         Literal["auto", "none", "source", "split"], typer.Option(help="Drop copies only inside each; auto: splits.")
@@ -70,7 +70,9 @@ def dedup(
         str | None, typer.Option(metavar="NAME", help="Drop what matches this split, and none of its own.")
     ] = None,
     max_copies: Annotated[int, typer.Option(min=1, help="Copies of a picture that are kept.")] = 1,
-    max_loss: Annotated[float, typer.Option(min=0, max=1, help="Share of a source or split that may go unsaid.")] = 0.5,
+    max_loss: Annotated[
+        float, typer.Option(min=0, max=1, help="Alarm when a source or split loses more of its rows.")
+    ] = 0.5,
     max_pixels: Annotated[int, typer.Option(help="Larger images are not decoded.")] = 100_000_000,
     max_frames: Annotated[int, typer.Option(help="Longer animations are not decoded.")] = 1_000,
     format_: Annotated[Format | None, typer.Option("--format", help="Of SRC; default: what it looks like.")] = None,
@@ -198,7 +200,8 @@ def _describe_external(counts: dict) -> list[str]:
 
 def _describe_leak(scopes: list[str], pictures: int, rows: list[int]) -> str:
     a, b = (f"{count:,} of {scope}" for count, scope in zip(rows, scopes, strict=True))
-    return f"{pictures:,} pictures are kept in {scopes[0]} and in {scopes[1]} ({a}, {b})"
+    are = "picture is" if pictures == 1 else "pictures are"
+    return f"{pictures:,} {are} kept in {scopes[0]} and in {scopes[1]} ({a}, {b})"
 
 
 def _summary(run: dict, out: Path, report: bool) -> str:

@@ -324,15 +324,14 @@ def test_published_survivors_never_flip(data: st.DataObject) -> None:
             "orientation": data.draw(turn),
         },
         schema={"a": pl.Int64, "b": pl.Int64, "class": pl.String, "orientation": pl.String},
-    )
+    ).with_columns(signal=pl.lit("pdq"))
     published = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
     natural = np.array(data.draw(st.permutations(range(n))))
     rank = np.empty(n, np.int64)
     rank[np.lexsort((natural, ~published))] = np.arange(n)
     flips = data.draw(st.sampled_from(["keep", "drop"]))
     order = pl.Series(rank)
-    told = pairs.with_columns(signal=pl.lit("pdq"))
-    decided = clustering.decide(told, order, flips=flips, published=pl.Series(published))
+    decided = clustering.decide(pairs, order, flips=flips, published=pl.Series(published))
     keep = decided["keep"].to_numpy()
     assert keep[published].all()
     direct = {frozenset(pair[:2]) for pair in pairs.filter(pl.col("class") == "copy").rows()}

@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import polars as pl
 import pytest
+from playwright.sync_api import Page, expect
 from test_dedup_pipeline import encode, picture
 from typer.testing import CliRunner
 
@@ -14,6 +15,7 @@ from dedup.export import Options as ExportOptions
 from dedup.export import export
 from dedup.pipeline import Options, deduplicate
 from dedup.policy import PolicyError
+from dedup.report import write_report
 from eval.cli import app
 
 RESULTS = ["manifest/00000.parquet", "pairs.parquet", "kept.txt", "dropped.csv", "deduplicated.jsonl", "run.json"]
@@ -213,3 +215,19 @@ def test_exports_follow_the_policies(web: Path, splits: Path, tmp_path: Path) ->
         "test": ["test 0", "test 1", "test 2", "test 3"],
     }
     assert written["test"]["captions"][:2] == [["test 0"], ["test 1"]]
+
+
+def test_the_report_shows_what_policies_leave(splits: Path, tmp_path: Path, page: Page) -> None:
+    deduplicate(splits, tmp_path / "out", Options(max_loss=0.1), jobs=1)
+    page.goto(write_report(tmp_path / "out", jobs=1).as_uri())
+    banners = page.locator(".banner")
+    expect(banners).to_have_text(
+        [
+            "▲ test (25.0\u00a0%), train (16.7\u00a0%): more than 10.0\u00a0% of the images are lost.",
+            "▲ 2 pictures are kept in test (2 images) and in train (2). Look at them among the groups; "
+            "leakage.csv lists them.",
+        ]
+    )
+    page.get_by_text("Copies kept by policy").click()
+    expect(page.locator("#status")).to_contain_text("2 groups")
+    expect(page.locator(".tag.also-kept")).to_have_text(["copy · kept"] * 2)
