@@ -7,7 +7,7 @@ features too. Every orientation counts: a mirrored test picture is that picture.
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ def _join_hashes(
     thumbnails = []
     for end, table, src in (("i", pictures, other.src), ("j", rows, dataset.reader.src)):
         wanted = near[end].unique().sort()
-        reader = Reader(src, work, dataset.reader.decode, dataset.reader.workers)
+        reader = replace(dataset.reader, src=src, work=work)
         shown = table[wanted.to_list()]
         paths = reader.write_parts(f"thumbnails-{end}", shown, look.make_thumbnails)
         thumbnails.append(look.Thumbnails(np.arange(len(shown)), paths, ROWS)[np.arange(len(shown))])

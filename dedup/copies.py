@@ -5,6 +5,7 @@ among the others; each candidate is matched by local features and laid over (`ge
 row whose partner was dropped is compared with the row that it was dropped to, because only a direct match may delete.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -102,19 +103,32 @@ class CopySearch:
         return manifest.conform(found, manifest.PAIRS_SCHEMA)
 
     def _match(self, candidates: pl.DataFrame) -> pl.DataFrame:
-        places = self._places(candidates)
-        items = [(*places[a], *places[b], hint) for a, b, hint in candidates.select("a", "b", "mirrored").iter_rows()]
+        def make_items(numbers: list[int]) -> list[tuple]:
+            asked = candidates[numbers]
+            places = self._places(asked)
+            return [(*places[a], *places[b], hint) for a, b, hint in asked.select("a", "b", "mirrored").iter_rows()]
+
+        of_a, of_b = (self.rows["sha256"].gather(candidates[end]) for end in "ab")
+        keys = list(zip(of_a, of_b, candidates["mirrored"], strict=True))
         with engine.timed(self.seconds, "match"):
-            return pl.DataFrame(self.reader.run(match_pairs, items), schema=MATCH, orient="row")
+            return pl.DataFrame(self.reader.ask(match_pairs, keys, make_items), schema=MATCH, orient="row")
 
     def confirm(self, pairs: pl.DataFrame) -> pl.DataFrame:
         """The pairs with what a look at their pictures says: class (null: nothing), score, overlap."""
         location = self.rows.select(look.LOCATION).rows()
         columns = pairs.select("a", "b", "orientation", "inliers", "transform").iter_rows()
         items = [(location[a], location[b], *match, bool(self.strict[[a, b]].any())) for a, b, *match in columns]
+        keys = [(a[-1], b[-1], *asked) for a, b, *asked in items]
         with engine.timed(self.seconds, "lay over"):
-            judged = pl.DataFrame(self.reader.run(judge_pairs, items), schema=VERDICT, orient="row")
+            found = self.reader.ask(judge_pairs, keys, lambda numbers: [items[n] for n in numbers])
+        judged = pl.DataFrame(found, schema=VERDICT, orient="row")
         return pairs.with_columns(judged.get_columns())
+
+    def forget(self) -> None:
+        """Remove the features that an earlier run needed and this one did not."""
+        for folder in self.reader.work.glob("features-*"):
+            if int(folder.name.partition("-")[2]) >= len(self.stores):
+                shutil.rmtree(folder)
 
     def _search(self, stars: pl.Series) -> pl.DataFrame:
         """CANDIDATEs: ids a < b, cosine, score, and whether a mirrored resembles b more, if known."""

@@ -34,7 +34,8 @@ def accept_pairs(
     identical = hashed.filter((pl.col("hamming") == 0) & (pl.col("residual") == 0) & (pl.col("orientation") == 0))
     flat_rows = _flat_rows(rows) if flat else pl.Series([], dtype=pl.Int64)
     wanted = rows[pl.concat([identical["i"], identical["j"], flat_rows]).unique().sort().to_list()]
-    digests = reader.run(look.digest_pixels, wanted.select(look.LOCATION).rows())
+    places = wanted.select(look.LOCATION).rows()
+    digests = reader.ask(look.digest_pixels, wanted["sha256"].to_list(), lambda numbers: [places[n] for n in numbers])
     digest = pl.DataFrame({"id": wanted["id"], "pixel_digest": pl.Series(digests, dtype=pl.String)})
     rows = rows.join(digest, on="id", how="left", maintain_order="left")
     of_pixels = rows["pixel_digest"]
@@ -110,9 +111,7 @@ def settle(
         doubted = deciding[~confirmed[deciding] & (pairs["signal"].gather(deciding) == "pdq").to_numpy()]
         if len(doubted):
             confirmed[doubted] = True
-            columns = pairs[doubted].select("a", "b", "orientation").iter_rows()
-            closely = [(location[a], location[b], ORIENTATIONS.index(orientation)) for a, b, orientation in columns]
-            refuted = doubted[~np.array(reader.run(look.confirm_pairs, closely))]
+            refuted = doubted[~np.array(_confirm(pairs[doubted], location, reader))]
             wrong = pl.int_range(pl.len()).is_in(refuted)
             pairs = pairs.with_columns(pl.when(wrong).then(pl.lit("look-alike")).otherwise("class").alias("class"))
             if len(refuted):
@@ -125,8 +124,7 @@ def settle(
         whole = pl.Series(confirmed) & (pairs["signal"] != "copy")  # a part of a picture holds less than the picture
         sized = detail.size_pairs(rows, pairs.filter(whole))
         wanted = {location[row][-1]: location[row] for row in pl.concat([sized["larger"], sized["smaller"]])}
-        missing = sorted(sha256 for sha256 in wanted if sha256 not in spectra)
-        spectra |= zip(missing, reader.run(look.measure_detail, [wanted[sha256] for sha256 in missing]), strict=True)
+        spectra |= _measure({sha256: place for sha256, place in wanted.items() if sha256 not in spectra}, reader)
         held = detail.effective_pixels(rows, sized, spectra)
         before, rank = rank, policy.keeper_rank(rows, held, policy.count_partners(pairs, len(rows), prefer), prefer)
         if not rank.equals(before):
@@ -144,6 +142,21 @@ def settle(
                 continue
             pairs, decisions = _leave_out(pairs, decisions, confirmed)
         return pairs, decisions, held, rank
+
+
+def _confirm(pairs: pl.DataFrame, location: list[tuple], reader: Reader) -> list[bool]:
+    """Whether these pairs hold up close."""
+    columns = pairs.select("a", "b", "orientation").iter_rows()
+    closely = [(location[a], location[b], ORIENTATIONS.index(orientation)) for a, b, orientation in columns]
+    keys = [(a[-1], b[-1], orientation) for a, b, orientation in closely]
+    return reader.ask(look.confirm_pairs, keys, lambda numbers: [closely[n] for n in numbers])
+
+
+def _measure(places: dict[str, tuple], reader: Reader) -> dict[str, np.ndarray]:
+    """Power spectra of pictures, by the digest of their bytes."""
+    digests = sorted(places)
+    measured = reader.ask(look.measure_detail, digests, lambda numbers: [places[digests[n]] for n in numbers])
+    return {sha256: np.array(power, np.float32) for sha256, power in zip(digests, measured, strict=True)}
 
 
 def _links(pairs: pl.DataFrame, confirmed: np.ndarray, n: int) -> np.ndarray:

@@ -39,6 +39,7 @@ from dedup import (
 )
 from dedup import base as bases
 from dedup.reader import Reader
+from dedup.verdicts import Verdicts
 
 # Options that another run on OUT may choose anew: nothing is hashed again.
 POLICIES = ("flips", "rotations", "prefer", "per", "against_split", "max_copies", "max_loss", "base", "against")
@@ -128,7 +129,7 @@ def deduplicate(
         with engine.timed(seconds, "search"):
             candidates = find_candidates(rows, options, workers.jobs)
             more = [] if is_usual else [find_in_crowds(chosen, candidates, workers.jobs)]
-        reader = Reader(src, work, decode, workers)
+        reader = Reader(src, work, decode, workers, Verdicts(work / "verdicts", bases.list_verdicts(base)))
         with engine.timed(seconds, "verify"):
             near = pl.concat([candidates, *more])
             rows, pairs = judge.accept_pairs(rows, near, reader, flat=options.level != "exact")
@@ -177,6 +178,8 @@ def deduplicate(
             if table["subject"].count():
                 counts["subjects"] = subjects.count(table, pairs)
             run = write_outputs(out, src, origin, shards, sizes, table, pairs, leaks, options, counts, about)
+        reader.verdicts.forget()
+        search_copies.forget()
         seconds |= search_copies.seconds  # parts of "decide"
         manifest.write_json(out / "timings.json", {k: round(v, 3) for k, v in seconds.items()})
     return run
@@ -224,7 +227,7 @@ def _prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options
         if changed or options.base or options.against:
             (out / "run.json").unlink(missing_ok=True)  # it is of other policies until it is decided anew
         if before["versions"] != recorded["versions"]:
-            for folder in ("thumbnails", "features-*", "embeddings-*"):
+            for folder in ("thumbnails", "features-*", "embeddings-*", "verdicts"):
                 for stale in (out / ".work").glob(folder):
                     shutil.rmtree(stale)
     work = out / ".work"
