@@ -7,7 +7,7 @@ features too. Every orientation counts: a mirrored test picture is that picture.
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ def _join_hashes(
     thumbnails = []
     for end, table, src in (("i", pictures, other.src), ("j", rows, dataset.reader.src)):
         wanted = near[end].unique().sort()
-        reader = Reader(src, work, dataset.reader.decode, dataset.reader.workers)
+        reader = replace(dataset.reader, src=src, work=work)
         shown = table[wanted.to_list()]
         paths = reader.write_parts(f"thumbnails-{end}", shown, look.make_thumbnails)
         thumbnails.append(look.Thumbnails(np.arange(len(shown)), paths, ROWS)[np.arange(len(shown))])
@@ -300,13 +300,17 @@ def count(other: Other, pictures: pl.DataFrame, found: pl.DataFrame) -> dict[str
 # What becomes of the rows
 
 
-def drop(table: pl.DataFrame, found: pl.DataFrame) -> pl.DataFrame:
+def drop(table: pl.DataFrame, found: pl.DataFrame, searched: pl.Series | None = None) -> pl.DataFrame:
     """The manifest without the stars that hold a copy: all their rows are dropped, `external`, and stand for nothing.
 
-    A row that matches itself carries that evidence, the others what ties them to their star.
+    A row that matches itself carries that evidence, the others what ties them to their star. searched: the star of each
+    row when pictures were searched, if policies have made others since: of those stars one row was looked up for all.
     """
     best = found.filter(pl.col("class") == "copy").unique("id", keep="first", maintain_order=True)
-    stars = table["cluster_id"].gather(best["id"]).unique()
+    ids = best["id"]
+    if searched is not None:
+        ids = pl.concat([ids, searched.is_in(searched.gather(ids).implode()).arg_true().cast(pl.Int64)])
+    stars = table["cluster_id"].gather(ids).unique()
     gone = pl.col("cluster_id").is_in(stars.implode()) & (pl.col("status") == "ok")
     evidence = ["class", "signal", "score", "orientation"]
     table = table.update(best.select("id", *evidence), on="id")

@@ -118,6 +118,11 @@ def describe(base: Base, rows: pl.DataFrame) -> dict[str, Any]:
     }
 
 
+def list_verdicts(base: Base | None) -> list[Path]:
+    """Folders of what was said of pairs before (`verdicts.py`)."""
+    return [base.out / ".work" / "verdicts"] if base is not None and base.same_versions else []
+
+
 def find_features(base: Base) -> dict[str, tuple[Path, int]]:
     """sha256 → file and number of the local features that BASE has left (`Reader.write_parts`), as far as it has."""
     listed = base.out / "embeddings" / "local" / "rows.parquet"

@@ -25,6 +25,9 @@ ExportFormat = Literal["same", "webdataset", "parquet", "huggingface", "imagefol
 Encoder = Literal["auto", "local", "sscd-distilled", "sscd", "clip", "dinov2"]
 
 
+NAMED = 3  # scopes, or pairs of them, that the summary names
+
+
 class TooManyBad(Exception):
     """More unreadable inputs than `--max-bad` allows: the results stand, the exit code is 1."""
 
@@ -57,6 +60,19 @@ def dedup(
             metavar="OTHER", help="Test set or opt-out list, or an OUT: what is a copy of it goes. Repeatable."
         ),
     ] = None,
+    prefer: Annotated[
+        str, typer.Option(help="Keep by resolution, quality, bytes, caption, source:NAME …, then as usual.")
+    ] = "",
+    per: Annotated[
+        Literal["auto", "none", "source", "split"], typer.Option(help="Drop copies only inside each; auto: splits.")
+    ] = "auto",
+    against_split: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Drop what matches this split, and none of its own.")
+    ] = None,
+    max_copies: Annotated[int, typer.Option(min=1, help="Copies of a picture that are kept.")] = 1,
+    max_loss: Annotated[
+        float, typer.Option(min=0, max=1, help="Alarm when a source or split loses more of its rows.")
+    ] = 0.5,
     max_pixels: Annotated[int, typer.Option(help="Larger images are not decoded.")] = 100_000_000,
     max_frames: Annotated[int, typer.Option(help="Longer animations are not decoded.")] = 1_000,
     format_: Annotated[Format | None, typer.Option("--format", help="Of SRC; default: what it looks like.")] = None,
@@ -106,10 +122,28 @@ def dedup(
     begin = str(root.resolve()) if root else None
     layout = Layout(format_, begin, image_column, caption_column, id_column, split, subject_column, url_column)
     transfer = Transfer(download, cache, timeout, retries, threads, private == "allow")
-    limits = (max_false_pairs, hash_decode, max_pixels, max_frames, flips, rotations)
     start = str(base.resolve()) if base else None
     others = tuple(str(other if is_elsewhere(other) else other.resolve()) for other in against or [])
-    options = Options(chosen, by, weights, weights_sha256, *limits, layout=layout, base=start, against=others)
+    options = Options(
+        chosen,
+        by,
+        weights,
+        weights_sha256,
+        max_false_pairs=max_false_pairs,
+        hash_decode=hash_decode,
+        max_pixels=max_pixels,
+        max_frames=max_frames,
+        flips=flips,
+        rotations=rotations,
+        prefer=prefer,
+        per=per,
+        against_split=against_split,
+        max_copies=max_copies,
+        max_loss=max_loss,
+        layout=layout,
+        base=start,
+        against=others,
+    )
     run = deduplicate(src, out, options, jobs=jobs, subject_key=subject_key, understood=i_understand, transfer=transfer)
     if run["medical"]:
         typer.echo(f"Warning: {CAUTION}.", err=True)
@@ -122,7 +156,7 @@ def dedup(
     counts = run["counts"]
     told = "".join(f"{line}\n" for line in dict.fromkeys(map(_describe_columns, run["layouts"])) if line)
     told += _describe_base(run["base"]) if base else ""
-    typer.echo(json.dumps(counts) if json_ else told + _summary(counts, out, report, chosen))
+    typer.echo(json.dumps(counts) if json_ else told + _summary(run, out, report))
     if counts["unreadable"] > max_bad * counts["rows"]:
         raise TooManyBad(
             f"{counts['unreadable']} of {counts['rows']} inputs are unreadable, more than --max-bad {max_bad}: "
@@ -164,7 +198,14 @@ def _describe_external(counts: dict) -> list[str]:
     return lines
 
 
-def _summary(counts: dict, out: Path, report: bool, level: str) -> str:
+def _describe_leak(scopes: list[str], pictures: int, rows: list[int]) -> str:
+    a, b = (f"{count:,} of {scope}" for count, scope in zip(rows, scopes, strict=True))
+    are = "picture is" if pictures == 1 else "pictures are"
+    return f"{pictures:,} {are} kept in {scopes[0]} and in {scopes[1]} ({a}, {b})"
+
+
+def _summary(run: dict, out: Path, report: bool) -> str:
+    counts, level = run["counts"], run["options"]["level"]
     what = "dropped" if "external" in counts else "duplicates dropped"
     share = counts["dropped"] / max(1, counts["rows"])
     saved = counts["bytes_dropped"] / 1e6
@@ -194,6 +235,14 @@ def _summary(counts: dict, out: Path, report: bool, level: str) -> str:
         lines.append(f"{series:,} images resemble many others (a series): only what agrees everywhere is a copy there.")
     if "external" in counts:
         lines += _describe_external(counts)
+    if losses := counts["losses"]:
+        named = ", ".join(f"{loss['scope']} ({1 - loss['kept'] / loss['rows']:.0%})" for loss in losses[:NAMED])
+        more = f" and {len(losses) - NAMED:,} more" if len(losses) > NAMED else ""
+        lines.append(f"Alarm: {named}{more} lost more than {run['options']['max_loss']:.0%} (--max-loss).")
+    if leakage := counts["leakage"]:
+        named = "; ".join(_describe_leak(**leak) for leak in leakage[:NAMED])
+        word = "Leakage" if run["options"]["per"] == "split" else "Kept in several"
+        lines.append(f"{word}: {named}. Listed in {out / 'leakage.csv'}")
     if report:
         lines.append(f"Report:    {out / 'report' / 'index.html'}")
     return "\n".join(lines)

@@ -5,6 +5,7 @@ among the others; each candidate is matched by local features and laid over (`ov
 row whose partner was dropped is compared with the row that it was dropped to, because only a direct match may delete.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -24,6 +25,7 @@ from dedup import (
     look,
     manifest,
     overlay,
+    twins,
     vectors,
     verify,
     vocabulary,
@@ -63,6 +65,7 @@ class CopySearch:
     weights: tuple[str | None, str | None]  # where they are, and their SHA-256; None: as installed
     max_false_pairs: float | None  # unrelated pairs that may be compared; None: three a picture
     stores: list[tuple[np.ndarray, list[Path], int]] = field(default_factory=list)  # ids, files, rows of a file
+    stars: pl.Series | None = None  # cluster_id by the default policies, if others decide: what is searched is the same
     compared: pl.DataFrame | None = None
     random: pl.DataFrame | None = None  # pairs a, b of representatives, with their score
     near: pl.DataFrame | None = None  # CANDIDATEs of the search
@@ -76,14 +79,23 @@ class CopySearch:
 
     def find(self, pairs: pl.DataFrame, decisions: pl.DataFrame, rank: pl.Series) -> pl.DataFrame:
         """New rows of the pairs table (`manifest.PAIRS_SCHEMA`), signal `copy`: their features agree; see `confirm`."""
+        copied = pairs.filter(pl.col("class") == "copy")
+        is_first = self.compared is None
         if self.compared is None:
-            near = self._search(decisions)
+            near = self._search(decisions["cluster_id"] if self.stars is None else self.stars)
             self.compared = near.select("a", "b").clear()
         else:
-            near = bridges(pairs, decisions, rank)
-        for known in (self.compared, pairs.filter(pl.col("class") == "copy")):
+            near = bridges(pairs, decisions, rank, self.rows["scope"])
+        for known in (self.compared, copied):
             near = near.join(known, on=["a", "b"], how="anti", maintain_order="left")
         self.compared = pl.concat([self.compared, near.select("a", "b")])
+        found = self._compare(near)
+        if self.stars is None:
+            return found
+        found = twins.stand_in(found, self.rows, rank).join(copied, on=["a", "b"], how="anti", maintain_order="left")
+        return self.find(pairs, decisions, rank) if is_first and found.is_empty() else found
+
+    def _compare(self, near: pl.DataFrame) -> pl.DataFrame:
         strict = pl.Series(self.strict).gather(near["a"]) | pl.Series(self.strict).gather(near["b"])
         least = pl.when(strict).then(overlay.COPY_EVIDENCE).otherwise(geometry.MIN_EVIDENCE)
         found = pl.concat([near.select("a", "b", "cosine"), self._match(near)], how="horizontal")
@@ -92,25 +104,37 @@ class CopySearch:
         return manifest.conform(found, manifest.PAIRS_SCHEMA)
 
     def _match(self, candidates: pl.DataFrame) -> pl.DataFrame:
-        places = self._places(candidates)
-        items = [(*places[a], *places[b], hint) for a, b, hint in candidates.select("a", "b", "mirrored").iter_rows()]
+        def make_items(numbers: list[int]) -> list[tuple]:
+            asked = candidates[numbers]
+            places = self._places(asked)
+            return [(*places[a], *places[b], hint) for a, b, hint in asked.select("a", "b", "mirrored").iter_rows()]
+
+        of_a, of_b = (self.rows["sha256"].gather(candidates[end]) for end in "ab")
+        keys = list(zip(of_a, of_b, candidates["mirrored"], strict=True))
         with engine.timed(self.seconds, "match"):
-            return pl.DataFrame(self.reader.run(match_pairs, items), schema=MATCH, orient="row")
+            return pl.DataFrame(self.reader.ask(match_pairs, keys, make_items), schema=MATCH, orient="row")
 
     def confirm(self, pairs: pl.DataFrame) -> pl.DataFrame:
         """The pairs with what a look at their pictures says: class (null: nothing), score, overlap."""
         location = self.rows.select(look.LOCATION).rows()
         columns = pairs.select("a", "b", "orientation", "inliers", "transform").iter_rows()
         items = [(location[a], location[b], *match, bool(self.strict[[a, b]].any())) for a, b, *match in columns]
+        keys = [(a[-1], b[-1], *asked) for a, b, *asked in items]
         with engine.timed(self.seconds, "lay over"):
-            judged = pl.DataFrame(self.reader.run(judge_pairs, items), schema=VERDICT, orient="row")
+            found = self.reader.ask(judge_pairs, keys, lambda numbers: [items[n] for n in numbers])
+        judged = pl.DataFrame(found, schema=VERDICT, orient="row")
         return pairs.with_columns(judged.get_columns())
 
-    def _search(self, decisions: pl.DataFrame) -> pl.DataFrame:
+    def forget(self) -> None:
+        """Remove the features that an earlier run needed and this one did not."""
+        for folder in self.reader.work.glob("features-*"):
+            if int(folder.name.partition("-")[2]) >= len(self.stores):
+                shutil.rmtree(folder)
+
+    def _search(self, stars: pl.Series) -> pl.DataFrame:
         """CANDIDATEs: ids a < b, cosine, score, and whether a mirrored resembles b more, if known."""
         side = pl.min_horizontal("width", "height")
-        is_star = decisions["cluster_id"] == self.rows["id"]
-        chosen = self.rows.filter(is_star & (pl.col("status") == "ok") & (side >= MIN_SIDE))
+        chosen = self.rows.filter((stars == self.rows["id"]) & (pl.col("status") == "ok") & (side >= MIN_SIDE))
         if len(chosen) < 2:
             return pl.DataFrame(schema=CANDIDATE)
         from dedup import candidates
@@ -125,7 +149,7 @@ class CopySearch:
         crowded = pl.DataFrame({"cluster_id": ids, "strict": self._find_series(ids, upright)})
         rows = crowded.rename({"cluster_id": "id"}).with_columns(background=views.background)
         vectors.write_embeddings(self.out, meta, rows, upright)
-        of_row = decisions.select("cluster_id").join(crowded, on="cluster_id", how="left", maintain_order="left")
+        of_row = pl.DataFrame({"cluster_id": stars}).join(crowded, on="cluster_id", how="left", maintain_order="left")
         self.strict = of_row["strict"].fill_null(False).to_numpy()
         chosen_floor = candidates.choose_floor(self.random["score"].to_numpy(), len(ids), self.max_false_pairs)
         floor, recall = candidates.MIN_SCORE, 1.0
@@ -150,11 +174,15 @@ class CopySearch:
         if self.random is None or self.near is None:
             return self.counts
         n, floor = self.counts["pictures"], self.counts["floor"]
-        found = pairs.join(self.near.select("a", "b"), on=["a", "b"], how="semi")
+        near, random = self.near, self.random
+        if self.stars is not None:  # who was searched for need not be who stands for that picture now
+            pairs = pairs.sort(pl.col("class") != "copy", maintain_order=True)
+            near, random, pairs = (twins.name_first(table, self.rows) for table in (near, random, pairs))
+        found = pairs.join(near.select("a", "b"), on=["a", "b"], how="semi")
         return self.counts | {
             "accepted": found.filter((pl.col("signal") == "copy") & (pl.col("class") == "copy")).height,
-            "null": candidates.describe_null(self.random, pairs, n, len(self.rows), floor),
-            "examples": candidates.choose_examples(self.near, self.random, pairs, floor),
+            "null": candidates.describe_null(random, pairs, n, len(self.rows), floor),
+            "examples": candidates.choose_examples(near, random, pairs, floor),
         }
 
     def _embed(self, chosen: pl.DataFrame) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
@@ -245,13 +273,17 @@ def _by_id(pairs: pl.DataFrame, ids: np.ndarray) -> pl.DataFrame:
     return pairs.with_columns(a=numbers.gather(pairs["i"]), b=numbers.gather(pairs["j"])).drop("i", "j")
 
 
-def bridges(pairs: pl.DataFrame, decisions: pl.DataFrame, rank: pl.Series) -> pl.DataFrame:
+def bridges(
+    pairs: pl.DataFrame, decisions: pl.DataFrame, rank: pl.Series, scope: pl.Series | None = None
+) -> pl.DataFrame:
     """Candidates (a, b; cosine and mirrored null): kept rows that may be upright copies, though nobody has looked.
 
     A kept row that matches a dropped one may match what that was dropped to. Kept rows that are turned against the
-    keeper of their star in the same way may be upright to each other: each is paired with the first of them.
+    keeper of their star in the same way may be upright to each other: each is paired with the first of them in its
+    scope.
     """
-    equal = pairs.filter(pl.col("signal") == "bytes")
+    scope = pl.repeat("", len(decisions), eager=True) if scope is None else scope
+    equal = pairs.filter((pl.col("signal") == "bytes") & (scope.gather(pairs["a"]) == scope.gather(pairs["b"])))
     a_first = rank.gather(equal["a"]) < rank.gather(equal["b"])
     follows = pl.select(pl.when(a_first).then(equal["b"]).otherwise(equal["a"])).to_series()  # see judge.share_fate
     copies = pairs.with_row_index("pair").filter(pl.col("class") == "copy")
@@ -267,8 +299,9 @@ def bridges(pairs: pl.DataFrame, decisions: pl.DataFrame, rank: pl.Series) -> pl
         .then("orientation")
         .otherwise(pl.col("orientation").replace(inverse)),
         rank=rank.gather(turned["row"]),
+        scope=scope.gather(turned["row"]),
     )
-    first = turned.select("row", other=pl.col("row").sort_by("rank").first().over("cluster_id", "turn"))
+    first = turned.select("row", other=pl.col("row").sort_by("rank").first().over("cluster_id", "turn", "scope"))
     near = pl.concat([found, first]).filter(
         (pl.col("row") != pl.col("other")) & ~pl.col("row").is_in(follows.implode())
     )

@@ -32,7 +32,7 @@ SAME = {
     "huggingface": saved.same,
 }
 COLUMNS = ["id", "source", "shard", "offset", "size", "key", "caption", "captions", "width", "height", "format"]
-COLUMNS += ["status", "error", "sha256", "keep", "kept_id", "represents"]
+COLUMNS += ["status", "error", "sha256", "keep", "kept_id", "reason", "represents"]
 INDEX = ["id", "source", "shard", "offset", "key", "keep", "kept_id", "represents"]
 
 
@@ -109,14 +109,15 @@ def _claim(dest: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 def choose_rows(rows: pl.DataFrame, options: Options) -> pl.DataFrame:
     """Manifest → what `exports` takes: `take`, `text`, and the changes that the options ask for."""
-    owner = pl.coalesce("kept_id", "id")
-    group = rows.select(owner_id="id", group_captions="captions", stands="represents")
-    rows = rows.with_columns(owner_id=owner).join(group, on="owner_id", how="left", maintain_order="left")
+    outside = pl.col("reason").eq_missing("policy")  # gone for a split that is not its own, captions and all
+    rows = rows.with_columns(owner_id=pl.when(~outside).then(pl.coalesce("kept_id", "id")), outside=outside)
+    group = rows.select(owner_id="id", group_captions="captions")
+    rows = rows.join(group, on="owner_id", how="left", maintain_order="left")
     said = pl.col("group_captions").fill_null(pl.lit([], pl.List(pl.String)))
     length = pl.element().str.len_chars()
     longest = said.list.eval(pl.element().sort_by(length, descending=True, maintain_order=True)).list.first()
     text = longest.fill_null(pl.col("caption")) if options.captions == "longest" else pl.col("caption")
-    stands = pl.col("keep") | pl.col("kept_id").is_not_null()  # external rows belong to no group of SRC
+    stands = pl.col("keep") | pl.col("kept_id").is_not_null() & ~pl.col("outside")  # nor do external rows, of no group
     take = {"kept": pl.col("keep"), "weighted": stands, "all": pl.col("status") == "ok"}[options.rows]
     chosen = rows.with_columns(take=take, text=text)
     changed: dict[str, pl.Expr] = {}
@@ -125,8 +126,8 @@ def choose_rows(rows: pl.DataFrame, options: Options) -> pl.DataFrame:
     if options.captions == "list":
         changed["captions"] = said
     if options.rows == "weighted":
-        changed["weight"] = pl.col("stands").cast(pl.Float64) ** -options.alpha
-    plain = chosen.drop("caption", "captions", "owner_id", "group_captions", "stands")
+        changed["weight"] = pl.len().over("owner_id").cast(pl.Float64) ** -options.alpha
+    plain = chosen.drop("caption", "captions", "owner_id", "group_captions", "outside")
     return plain.hstack(chosen.select(**changed).get_columns()) if changed else plain
 
 

@@ -26,7 +26,8 @@ MEMBERS_FIRST = 12  # what report.js shows of a group before "show more": those 
 MEMBERS = 500  # members of a group that are listed at all
 CHUNK_GROUPS, CHUNK_ROWS = 500, 5_000
 
-DUPLICATES, TURNED, ALIKE, SCENE = 1, 2, 4, 8  # kinds of group, as bits: one may hold removed and mirrored copies
+# Kinds of group, as bits: one may hold removed and mirrored copies, and upright ones that a policy keeps.
+DUPLICATES, TURNED, ALIKE, SCENE, ALLOWED = 1, 2, 4, 8, 16
 MEASURES = ["class", "signal", "score", "hamming", "residual", "worst_tile"]
 EVIDENCE = [*MEASURES, "orientation", "cosine", "inliers", "overlap", "transform"]
 TRANSFORM = pl.List(pl.Float64)
@@ -83,7 +84,8 @@ def _copies(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
     )
     first = pl.col("id") == pl.col("cluster_id")
     role = pl.when(first).then(pl.lit("keeper")).when("keep").then(pl.lit("also-kept")).otherwise(pl.lit("removed"))
-    kind = pl.when(first).then(0).when("keep").then(TURNED).otherwise(DUPLICATES)
+    stays = pl.when(pl.col("orientation") == "r0").then(ALLOWED).otherwise(TURNED)
+    kind = pl.when(first).then(0).when("keep").then(stays).otherwise(DUPLICATES)
     order = pl.when(first).then(-2.0).when("keep").then(-1.0).otherwise("score")
     members = members.with_columns(role=role, kind=kind, group="cluster_id", first="cluster_id")
     return _describe(members, best, rows, order)

@@ -4,10 +4,12 @@ In: rows with their hashes, candidates of the search. Out: the pairs table, deci
 holds. Reads pictures again through a `Reader`; knows nothing of how they were found.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import polars as pl
 
-from dedup import clustering, copies, detail, geometry, hamming, look, manifest, policy, verify
+from dedup import clustering, copies, detail, hamming, look, manifest, policy, twins, verify
 from dedup.manifest import ORIENTATIONS
 from dedup.reader import Reader
 
@@ -32,7 +34,8 @@ def accept_pairs(
     identical = hashed.filter((pl.col("hamming") == 0) & (pl.col("residual") == 0) & (pl.col("orientation") == 0))
     flat_rows = _flat_rows(rows) if flat else pl.Series([], dtype=pl.Int64)
     wanted = rows[pl.concat([identical["i"], identical["j"], flat_rows]).unique().sort().to_list()]
-    digests = reader.run(look.digest_pixels, wanted.select(look.LOCATION).rows())
+    places = wanted.select(look.LOCATION).rows()
+    digests = reader.ask(look.digest_pixels, wanted["sha256"].to_list(), lambda numbers: [places[n] for n in numbers])
     digest = pl.DataFrame({"id": wanted["id"], "pixel_digest": pl.Series(digests, dtype=pl.String)})
     rows = rows.join(digest, on="id", how="left", maintain_order="left")
     of_pixels = rows["pixel_digest"]
@@ -87,28 +90,28 @@ def settle(
     *,
     flips: str,
     rotations: str,
+    prefer: Sequence[str] = (),
     search: copies.CopySearch | None = None,
-) -> tuple[pl.DataFrame, pl.DataFrame, pl.Series]:
-    """Pairs, decisions and effective pixels, such that every pair that decides something was looked at up close.
+) -> tuple[pl.DataFrame, pl.DataFrame, pl.Series, pl.Series]:
+    """Pairs, decisions, effective pixels and rank, such that every pair that decides something was looked at up close.
 
     Decisions name the pairs that matter, those are compared again (copies that do not hold become look-alikes, copies
     of other sizes are measured), and what that changes is decided anew, until nothing changes. Then `search` may add
     pairs, and all begins again. Of its pairs those count that join two clusters or decide something; what they imply
-    is left out.
+    is left out. rows: with their rank, scope and whether they are guarded.
     """
     location = rows.select(look.LOCATION).rows()
     held, rank = detail.effective_pixels(rows, detail.size_pairs(rows, pairs.clear()), {}), rows["rank"]
     confirmed = np.zeros(len(pairs), bool)
     spectra: dict[str, np.ndarray] = {}
     while True:
-        decisions = clustering.decide(pairs, rank, flips=flips, rotations=rotations, published=rows["published"])
+        among = {name: rows[name] for name in ("published", "scope", "guarded")}
+        decisions = clustering.decide(pairs, rank, flips=flips, rotations=rotations, **among)
         deciding = decisions["pair"].drop_nulls().unique().sort().to_numpy()
         doubted = deciding[~confirmed[deciding] & (pairs["signal"].gather(deciding) == "pdq").to_numpy()]
         if len(doubted):
             confirmed[doubted] = True
-            columns = pairs[doubted].select("a", "b", "orientation").iter_rows()
-            closely = [(location[a], location[b], ORIENTATIONS.index(orientation)) for a, b, orientation in columns]
-            refuted = doubted[~np.array(reader.run(look.confirm_pairs, closely))]
+            refuted = doubted[~np.array(_confirm(pairs[doubted], location, reader))]
             wrong = pl.int_range(pl.len()).is_in(refuted)
             pairs = pairs.with_columns(pl.when(wrong).then(pl.lit("look-alike")).otherwise("class").alias("class"))
             if len(refuted):
@@ -121,17 +124,16 @@ def settle(
         whole = pl.Series(confirmed) & (pairs["signal"] != "copy")  # a part of a picture holds less than the picture
         sized = detail.size_pairs(rows, pairs.filter(whole))
         wanted = {location[row][-1]: location[row] for row in pl.concat([sized["larger"], sized["smaller"]])}
-        missing = sorted(sha256 for sha256 in wanted if sha256 not in spectra)
-        spectra |= zip(missing, reader.run(look.measure_detail, [wanted[sha256] for sha256 in missing]), strict=True)
+        spectra |= _measure({sha256: place for sha256, place in wanted.items() if sha256 not in spectra}, reader)
         held = detail.effective_pixels(rows, sized, spectra)
-        before, rank = rank, policy.keeper_rank(rows, held, policy.count_partners(pairs, len(rows)))
+        before, rank = rank, policy.keeper_rank(rows, held, policy.count_partners(pairs, len(rows), prefer), prefer)
         if not rank.equals(before):
             continue
         if search is not None:
             more = search.find(pairs, decisions, rank)
             if len(more):
                 pairs, confirmed = pl.concat([pairs, more]), np.append(confirmed, np.zeros(len(more), bool))
-                rank = policy.keeper_rank(rows, held, policy.count_partners(pairs, len(rows)))
+                rank = policy.keeper_rank(rows, held, policy.count_partners(pairs, len(rows), prefer), prefer)
                 continue
             links = _links(pairs, confirmed, len(rows))
             if len(links):
@@ -139,7 +141,22 @@ def settle(
                 pairs = _replace(pairs, links, search.confirm(pairs[links]))
                 continue
             pairs, decisions = _leave_out(pairs, decisions, confirmed)
-        return *share_fate(rows, pairs, decisions, rank), held
+        return pairs, decisions, held, rank
+
+
+def _confirm(pairs: pl.DataFrame, location: list[tuple], reader: Reader) -> list[bool]:
+    """Whether these pairs hold up close."""
+    columns = pairs.select("a", "b", "orientation").iter_rows()
+    closely = [(location[a], location[b], ORIENTATIONS.index(orientation)) for a, b, orientation in columns]
+    keys = [(a[-1], b[-1], orientation) for a, b, orientation in closely]
+    return reader.ask(look.confirm_pairs, keys, lambda numbers: [closely[n] for n in numbers])
+
+
+def _measure(places: dict[str, tuple], reader: Reader) -> dict[str, np.ndarray]:
+    """Power spectra of pictures, by the digest of their bytes."""
+    digests = sorted(places)
+    measured = reader.ask(look.measure_detail, digests, lambda numbers: [places[digests[n]] for n in numbers])
+    return {sha256: np.array(power, np.float32) for sha256, power in zip(digests, measured, strict=True)}
 
 
 def _links(pairs: pl.DataFrame, confirmed: np.ndarray, n: int) -> np.ndarray:
@@ -174,26 +191,18 @@ def _leave_out(
 def share_fate(
     rows: pl.DataFrame, pairs: pl.DataFrame, decisions: pl.DataFrame, rank: pl.Series
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Pairs and decisions, such that rows with the bytes of a dropped row go where that one went, on its evidence."""
-    equal = pairs.filter(pl.col("signal") == "bytes")
+    """Pairs and decisions, such that rows with the bytes of a dropped row of their scope go where that one went."""
+    scope = rows["scope"]
+    equal = pairs.filter((pl.col("signal") == "bytes") & (scope.gather(pairs["a"]) == scope.gather(pairs["b"])))
     a_first = rank.gather(equal["a"]) < rank.gather(equal["b"])
     first = pl.select(pl.when(a_first).then(equal["a"]).otherwise(equal["b"])).to_series()
     other = pl.select(pl.when(a_first).then(equal["b"]).otherwise(equal["a"])).to_series()
     gone = decisions["kept_id"].gather(first).is_not_null()
     first, other = first.filter(gone), other.filter(gone)
     fate = decisions[first.to_list()]
-    inverse = {name: clustering.inverse_orientation(name) for name in ORIENTATIONS}
-    turns = (first < fate["kept_id"]) == (other < fate["kept_id"])
-    shared = pairs[fate["pair"].to_list()]
-    width = rows["width"] / rows.select(pl.max_horizontal("width", "height")).to_series()
-    columns = shared.select("transform", "orientation", width.gather(shared["a"]), width.gather(shared["b"]).alias("b"))
-    backwards = [None if t is None else geometry.invert(t, o, w_a, w_b) for t, o, w_a, w_b in columns.iter_rows()]
-    shared = shared.with_columns(
-        pl.when(turns).then("orientation").otherwise(pl.col("orientation").replace(inverse)).alias("orientation"),
-        a=pl.min_horizontal(fate["kept_id"], other),
-        b=pl.max_horizontal(fate["kept_id"], other),
-        transform=pl.when(turns).then("transform").otherwise(pl.Series(backwards, dtype=pl.List(pl.Float64))),
-    )
+    evidence, kept_id = pairs[fate["pair"].to_list()], fate["kept_id"]
+    x, y = (pl.select(pl.when(evidence[end] == first).then(other).otherwise(kept_id)).to_series() for end in "ab")
+    shared = twins.turn_pairs(evidence, rows, x, y)
     numbers = pl.select(pl.int_range(len(pairs), len(pairs) + len(shared), dtype=pl.Int64)).to_series()
     fate = fate.with_columns(id=other, pair=numbers.cast(fate["pair"].dtype))
     decisions = decisions.with_row_index("id").with_columns(pl.col("id").cast(pl.Int64)).update(fate, on="id")

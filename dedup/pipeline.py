@@ -9,7 +9,7 @@ What matches pictures from elsewhere that must not be in it (`against`) goes las
 import fcntl
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -30,20 +30,19 @@ from dedup import (
     judge,
     manifest,
     policy,
+    scopes,
     search,
     sources,
     subjects,
+    twins,
     verify,
 )
 from dedup import base as bases
 from dedup.reader import Reader
+from dedup.verdicts import Verdicts
 
-POLICIES = (
-    "flips",
-    "rotations",
-    "base",
-    "against",
-)  # Options that another run on OUT may choose anew: nothing is hashed again
+# Options that another run on OUT may choose anew: nothing is hashed again.
+POLICIES = ("flips", "rotations", "prefer", "per", "against_split", "max_copies", "max_loss", "base", "against")
 LIBRARIES = ("unmemorize", "pillow", "imagehash", "numpy", "polars", "opencv-python-headless", "simplejpeg")
 DECODERS = ("pydicom", "pylibjpeg-libjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls", "python-gdcm")
 
@@ -70,6 +69,11 @@ class Options:
     max_frames: int = images.MAX_FRAMES
     flips: str = "keep"
     rotations: str = "keep"
+    prefer: str = ""  # criteria of `policy.parse_preferences` that come before the usual keeper order
+    per: str = "auto"  # one of `scopes.PER`: rows of different ones do not delete each other
+    against_split: str | None = None  # rows of other splits that match it are dropped, and none of its own
+    max_copies: int = 1  # rows of a star that are kept
+    max_loss: float = 0.5  # share of its rows that a scope may lose before it is said
     layout: sources.Layout = field(default_factory=sources.Layout)  # how SRC is read
     base: str | None = None  # absolute: a finished run over older rows; what it kept stays kept
     against: tuple[str, ...] = ()  # sources or finished runs; what is a copy of a picture there goes, with its star
@@ -97,11 +101,13 @@ def deduplicate(
     src, layout = sources.fetch(src, options.layout, replace(transfer, download=transfer.download or out / "download"))
     if out == src or src in out.parents:
         raise OptionsError(f"{out} lies inside the source {src}: choose another folder with -o")
+    prefer = policy.parse_preferences(options.prefer)
     if options.level == "copy":
         copies.check_encoder(options.encoder, options.weights, options.weights_sha256)
     shards = sources.list_shards(src, layout)
     if layout.subject_column and not understood:
         raise subjects.refuse(src, "pictures of persons (--subject-column)")
+    options = replace(options, per=scopes.resolve_per(options.per, shards))
     base = _open_base(out, options)
     others = _open_others(src, out, options)
     out.mkdir(parents=True, exist_ok=True)
@@ -116,20 +122,36 @@ def deduplicate(
         if rows.is_empty():
             raise sources.SourceError(f"{src}: its shards hold no samples")
         rows = rows.with_columns(published=pl.lit(False) if base is None else bases.find_published(base, rows))
-        rows = rows.with_columns(rank=policy.keeper_rank(rows))
+        # what is searched does not depend on policies, so that others cost little
+        rows = rows.with_columns(rank=policy.keeper_rank(rows), scope=pl.lit(""), guarded=pl.lit(False))
+        chosen = apply_policies(rows, prefer, options)
+        is_usual = not prefer and chosen.equals(rows)
         with engine.timed(seconds, "search"):
             candidates = find_candidates(rows, options, workers.jobs)
-        reader = Reader(src, work, decode, workers)
+            more = [] if is_usual else [find_in_crowds(chosen, candidates, workers.jobs)]
+        reader = Reader(src, work, decode, workers, Verdicts(work / "verdicts", bases.list_verdicts(base)))
         with engine.timed(seconds, "verify"):
-            rows, pairs = judge.accept_pairs(rows, candidates, reader, flat=options.level != "exact")
+            near = pl.concat([candidates, *more])
+            rows, pairs = judge.accept_pairs(rows, near, reader, flat=options.level != "exact")
+        chosen = rows.with_columns(chosen.select("rank", "scope", "guarded"))
         weights = options.weights, options.weights_sha256
-        search_copies = copies.CopySearch(rows, reader, out, options.encoder, weights, options.max_false_pairs)
+        search_copies = copies.CopySearch(chosen, reader, out, options.encoder, weights, options.max_false_pairs)
         search_copies.known = {} if base is None else bases.find_features(base)
         copy_search = search_copies if options.level == "copy" else None
         with engine.timed(seconds, "decide"):
             keep = {"flips": options.flips, "rotations": options.rotations}
-            pairs, decisions, held = judge.settle(rows, pairs, reader, search=copy_search, **keep)
-            table = decide(rows.with_columns(effective_pixels=held), pairs, decisions)
+            if copy_search is not None and not (is_usual and set(keep.values()) == {"keep"}):
+                usual = judge.settle(rows, pairs, reader, flips="keep", rotations="keep")
+                copy_search.stars = usual[1]["cluster_id"]
+            if not is_usual:
+                equal, unequal = twins.pair_equal(chosen, chosen["rank"]), pairs.filter(pl.col("signal") != "bytes")
+                pairs = pl.concat([equal, twins.stand_in(unequal, chosen, chosen["rank"])]).sort("a", "b")
+            pairs, decisions, held, rank = judge.settle(
+                chosen, pairs, reader, prefer=prefer, search=copy_search, **keep
+            )
+            pairs, decisions = judge.share_fate(chosen, pairs, decisions, rank)
+            decisions = clustering.keep_more(decisions, rank, options.max_copies, chosen["guarded"])
+            table = decide(chosen.with_columns(effective_pixels=held), pairs, decisions)
             # a look-alike of the hash level may be a copy to the copy level, turned or cropped: that one counts
             pairs = pairs.sort("a", "b", pl.col("class") != "copy", maintain_order=True).unique(
                 ["a", "b"], keep="first", maintain_order=True
@@ -139,9 +161,13 @@ def deduplicate(
                 searched = {} if copy_search is None or copy_search.near is None else copy_search.describe(pairs)
                 rows_in = against.Dataset(table, reader, out, record_options(options), searched, _stamp(shards, key))
                 found, told = against.find(others, rows_in)
-                table = against.drop(table, found)
+                table = against.drop(table, found, search_copies.stars)
         with engine.timed(seconds, "write"):
             counts = count(table, pairs) | {"rows_at_limit": count_at_limit(candidates)}
+            parts = chosen["scope"] if options.per != "none" else table["source"]
+            leaks = scopes.list_leaks(table, chosen["scope"])
+            counts["losses"] = scopes.list_losses(table, parts, options.max_loss)
+            counts["leakage"] = scopes.count_leaks(leaks)
             if copy_search is not None:
                 counts["copy_search"] = copy_search.describe(pairs)
             about: dict[str, Any] = {} if base is None else {"base": bases.describe(base, rows)}
@@ -151,7 +177,9 @@ def deduplicate(
             against.write(out, found if others else None)
             if table["subject"].count():
                 counts["subjects"] = subjects.count(table, pairs)
-            run = write_outputs(out, src, origin, shards, sizes, table, pairs, options, counts, about)
+            run = write_outputs(out, src, origin, shards, sizes, table, pairs, leaks, options, counts, about)
+        reader.verdicts.forget()
+        search_copies.forget()
         seconds |= search_copies.seconds  # parts of "decide"
         manifest.write_json(out / "timings.json", {k: round(v, 3) for k, v in seconds.items()})
     return run
@@ -199,7 +227,7 @@ def _prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options
         if changed or options.base or options.against:
             (out / "run.json").unlink(missing_ok=True)  # it is of other policies until it is decided anew
         if before["versions"] != recorded["versions"]:
-            for folder in ("thumbnails", "features-*", "embeddings-*"):
+            for folder in ("thumbnails", "features-*", "embeddings-*", "verdicts"):
                 for stale in (out / ".work").glob(folder):
                     shutil.rmtree(stale)
     work = out / ".work"
@@ -295,32 +323,68 @@ def find_candidates(rows: pl.DataFrame, options: Options, jobs: int) -> pl.DataF
     if options.level == "exact":
         return equal_bytes
     distinct = ordered.join(first, left_on="id", right_on="i", how="semi", maintain_order="left")
-    textured = distinct.filter(pl.col("pdq_quality") >= verify.MIN_QUALITY)
-    codes = np.frombuffer(b"".join(textured["pdq_d4"]), np.uint8).reshape(-1, 8, 32)
-    found = search.join_hamming(codes, jobs=jobs)
-    ids = textured["id"]
-    near = found.with_columns(
+    return pl.concat([equal_bytes, _find_near(distinct.filter(pl.col("pdq_quality") >= verify.MIN_QUALITY), jobs)])
+
+
+def _find_near(ordered: pl.DataFrame, jobs: int) -> pl.DataFrame:
+    """Pairs of rows (id, pdq_d4) in keeper order, by their hash."""
+    codes = np.frombuffer(b"".join(ordered["pdq_d4"]), np.uint8).reshape(-1, 8, 32)
+    found, ids = search.join_hamming(codes, jobs=jobs), ordered["id"]
+    return found.with_columns(
         ids.gather(found["i"]).alias("i"), ids.gather(found["j"]).alias("j"), signal=pl.lit("pdq")
     )
-    return pl.concat([equal_bytes, near])
+
+
+def find_in_crowds(rows: pl.DataFrame, candidates: pl.DataFrame, jobs: int) -> pl.DataFrame:
+    """More candidates, if `rows` come in another order, or by scope, than when these were found.
+
+    A row that has as many partners as the search keeps has the first ones in keeper order. So crowds are searched
+    again: in the order of now, as a whole and in each scope.
+    """
+    near = candidates.filter(pl.col("signal") == "pdq")
+    joined = pl.Series(clustering.components(near.select(a="i", b="j"), len(rows)))
+    crowds = joined.gather(_list_at_limit(candidates)).unique()
+    ids = pl.concat([near["i"], near["j"]]).unique().sort()
+    crowd = rows[ids.filter(joined.gather(ids).is_in(crowds.implode())).to_list()]
+    stands = rows.filter(pl.col("status") == "ok").group_by("sha256", "scope").agg(pl.col("rank").min())
+    stands = crowd.select("id", "sha256", "pdq_d4").join(stands, on="sha256").sort("rank")
+    whole = stands.unique("id", keep="first", maintain_order=True)
+    groups = [whole, *(part for _, part in stands.group_by("scope", maintain_order=True))] if len(crowd) else []
+    found = pl.concat([near.clear(), *(_find_near(part, jobs) for part in groups)])
+    low, high = pl.min_horizontal("i", "j"), pl.max_horizontal("i", "j")
+    known = near.select(low=low, high=high)
+    more = found.with_columns(low=low, high=high).unique(["low", "high"], keep="first", maintain_order=True)
+    return more.join(known, on=["low", "high"], how="anti", maintain_order="left").drop("low", "high")
+
+
+def apply_policies(rows: pl.DataFrame, prefer: Sequence[str], options: Options) -> pl.DataFrame:
+    """Rows with `rank`, `scope` and `guarded` as the options have them. Raises PolicyError for unknown names."""
+    policy.check_names(rows, prefer, options.against_split)
+    rows = rows.with_columns(scopes.name_scopes(rows, options.per, options.against_split).get_columns())
+    return rows.with_columns(rank=policy.keeper_rank(rows, prefer=prefer))
 
 
 def decide(rows: pl.DataFrame, pairs: pl.DataFrame, decisions: pl.DataFrame) -> pl.DataFrame:
     """Rows, pairs and decisions → the finished manifest."""
     evidence = _evidence(pairs, decisions)
     joined = pl.concat([pairs.select("a", "b"), subjects.link_rows(rows["subject"])])
+    outside = rows["guarded"].gather(decisions["kept_id"]).fill_null(False)  # dropped for a split that is not theirs
     table = pl.concat([rows, decisions, evidence], how="horizontal").with_columns(
         keep=pl.col("keep") & (pl.col("status") == "ok"),
         component_id=pl.Series(clustering.components(joined, len(rows))),
         cluster_size=pl.len().over("cluster_id"),
-        reason=pl.when(pl.col("kept_id").is_not_null()).then(pl.col("signal").replace("pdq", "hash")),
+        reason=pl.when(outside)
+        .then(pl.lit("policy"))
+        .when(pl.col("kept_id").is_not_null())
+        .then(pl.col("signal").replace("pdq", "hash")),
     )
     stands = table.group_by("kept_id").agg(dropped=pl.len()).drop_nulls("kept_id")
     table = table.join(stands, left_on="id", right_on="kept_id", how="left", maintain_order="left").with_columns(
         represents=pl.when("keep").then(1 + pl.col("dropped").fill_null(0)).otherwise(0),
         weight=pl.col("keep").cast(pl.Float64),
     )
-    return manifest.conform(table.with_columns(captions=policy.merge_captions(table)))
+    own = table.with_columns(kept_id=pl.when(~outside).then("kept_id"))
+    return manifest.conform(table.with_columns(captions=policy.merge_captions(own)))
 
 
 def _evidence(pairs: pl.DataFrame, decisions: pl.DataFrame) -> pl.DataFrame:
@@ -345,6 +409,7 @@ def write_outputs(
     sizes: list[int],
     table: pl.DataFrame,
     pairs: pl.DataFrame,
+    leaks: pl.DataFrame,
     options: Options,
     counts: dict[str, Any],
     about: dict[str, Any],
@@ -360,6 +425,12 @@ def write_outputs(
     manifest.write_parquet(out / "deduplicated.parquet", ready)
     manifest.write_atomic(out / "deduplicated.jsonl", ready.write_ndjson)
     place = pl.when(pl.col("shard").is_null()).then("key").otherwise(pl.concat_str("shard", pl.lit(":"), "key"))
+    evidence = table.select("id", "signal", "score", "orientation", row=place)
+    leaking = leaks.rename({"cluster_id": "picture"}).join(evidence, on="id", maintain_order="left").drop("id")
+    if leaking.is_empty():
+        (out / "leakage.csv").unlink(missing_ok=True)
+    else:
+        manifest.write_atomic(out / "leakage.csv", leaking.write_csv)
     manifest.write_text(out / "kept.txt", "".join(f"{line}\n" for line in kept.select(place).to_series()))
     names = table.select(id="id", kept=place)
     gone = table.filter((pl.col("status") == "ok") & ~pl.col("keep"))
@@ -399,5 +470,9 @@ def count(table: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, Any]:
 
 def count_at_limit(candidates: pl.DataFrame) -> int:
     """Rows that had as many partners as the search keeps, and may have had more."""
-    partners = candidates.filter(pl.col("signal") == "pdq").group_by("j").len()["len"]
-    return int((partners >= search.LIMIT).sum())
+    return len(_list_at_limit(candidates))
+
+
+def _list_at_limit(candidates: pl.DataFrame) -> pl.Series:
+    partners = candidates.filter(pl.col("signal") == "pdq").group_by("j").len()
+    return partners.filter(pl.col("len") >= search.LIMIT)["j"]

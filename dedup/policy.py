@@ -1,36 +1,101 @@
 """Which of two copies is kept, and what becomes of the captions.
 
-Keeper order is a total order of the rows, independent of the order of arrival. What an earlier run has published
-(`base.py`) comes before all else. At copy level the picture that most
+Keeper order is a total order of the rows, independent of the order of arrival. What stands in a split that others must
+not match, then what an earlier run has published (`base.py`) comes before all else. At copy level the picture that most
 others share parts with comes first (in powers of two): a row is only dropped to one that it matches itself, and what
 lies in the middle leaves fewest behind. Then the picture that holds more pixels; of those that hold the same, the one
 that was not enlarged; then more bytes, then one that has a caption, then by content hash, then a file before a link to
-it, then by key.
+it, then by key. Criteria that somebody prefers (`parse_preferences`) come before the usual ones.
 """
+
+from collections.abc import Sequence
+from difflib import get_close_matches
 
 import numpy as np
 import polars as pl
 
+from dedup import scopes, verify
+
+CRITERIA = ("resolution", "quality", "bytes", "caption", "medoid", "first")
+SHOWN = 10  # names that an error lists
+NAMED = ("source", "split")  # criteria that take a name: source:laion
+DEFAULT = ("medoid", "resolution", "bytes", "caption")  # what follows the preferred ones
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be followed: which, and what there is instead."""
+
+
+def parse_preferences(text: str) -> tuple[str, ...]:
+    """`quality,source:laion` → its criteria. Raises PolicyError."""
+    if not text:
+        return ()
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    for name in names:
+        kind, colon, value = name.partition(":")
+        if kind in NAMED and value:
+            continue
+        if kind in NAMED:
+            raise PolicyError(f"--prefer {name}: a {kind} needs its name, as in {kind}:laion")
+        if name not in CRITERIA:
+            near = get_close_matches(kind, NAMED if colon else (*CRITERIA, *NAMED), 1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            known = ", ".join((*CRITERIA, *(f"{kind}:NAME" for kind in NAMED)))
+            raise PolicyError(f"--prefer {name}: no such criterion; {meant}There are {known}")
+    return names
+
+
+def check_names(rows: pl.DataFrame, prefer: Sequence[str], against_split: str | None) -> None:
+    """Raise PolicyError for the name of a source or split that no row has."""
+    asked = [(f"--prefer {name}", *name.partition(":")[::2]) for name in prefer]
+    if against_split is not None:
+        asked.append((f"--against-split {against_split}", "split", against_split))
+    columns = {"source": pl.col("source"), "split": scopes.SPLIT}
+    for said, kind, value in asked:
+        known = sorted(rows.select(columns[kind]).to_series().unique()) if kind in NAMED else [value]
+        if value not in known:
+            near = get_close_matches(value, known, 1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            shown = ", ".join(known[:SHOWN]) + (" …" if len(known) > SHOWN else "")
+            raise PolicyError(f"{said}: there is no such {kind}; {meant}There are {shown}")
+
 
 def keeper_rank(
-    rows: pl.DataFrame, effective_pixels: pl.Series | None = None, partners: pl.Series | None = None
+    rows: pl.DataFrame,
+    effective_pixels: pl.Series | None = None,
+    partners: pl.Series | None = None,
+    prefer: Sequence[str] = (),
 ) -> pl.Series:
     """Rank of every row in keeper order: 0 = kept before all others. Rows that are not `ok` come last.
 
-    rows: a column `published` is heeded. effective_pixels: of `detail.effective_pixels`; None = width × height.
-    partners: of `count_partners`; None = none.
+    rows: columns `guarded` and `published` are heeded, in this order. effective_pixels: of `detail.effective_pixels`;
+    None = width × height. partners: of `count_partners`; None = none. prefer: of `parse_preferences`: these criteria
+    first, then those of DEFAULT that are not among them.
+
+    quality: what compression takes away: formats without loss before lossy ones (`verify.LOSSY`; WebP counts as
+    lossy), then more bytes a pixel. What was lossy once and saved in a better format since is not seen.
     """
     if partners is not None:  # equal files stay together
         partners = rows.with_columns(partners=partners).select(pl.col("partners").max().over("sha256")).to_series()
     area = (pl.col("width").cast(pl.Int64) * pl.col("height").cast(pl.Int64)).fill_null(0)
+    size = pl.col("size").fill_null(0)
+    counted = [] if partners is None else [-partners if "medoid" in prefer else -(partners + 1).log(2).floor()]
+    keys: dict[str, list[pl.Expr | pl.Series]] = {
+        "medoid": [*counted],
+        "resolution": [-(area if effective_pixels is None else pl.lit(effective_pixels)), area],
+        "quality": [pl.col("format").is_in(sorted(verify.LOSSY)), -(size / pl.max_horizontal(area, 1))],
+        "bytes": [-size],
+        "caption": [~has_caption()],
+        "first": [pl.col("row")],
+    }
+    for name in prefer:
+        kind, _, value = name.partition(":")
+        if kind in NAMED:
+            keys[name] = [(scopes.SPLIT if kind == "split" else pl.col("source")).ne_missing(value)]
     order = rows.with_row_index("row").sort(
         pl.col("status") != "ok",
-        *([~pl.col("published")] if "published" in rows.columns else []),
-        *([] if partners is None else [-(partners + 1).log(2).floor()]),
-        -(area if effective_pixels is None else pl.lit(effective_pixels)),
-        area,
-        -pl.col("size").fill_null(0),
-        ~has_caption(),
+        *(~pl.col(name) for name in ("guarded", "published") if name in rows.columns),
+        *(key for name in dict.fromkeys((*prefer, *DEFAULT)) for key in keys[name]),
         pl.col("sha256").fill_null(""),
         "link",
         "key",
@@ -40,10 +105,14 @@ def keeper_rank(
     return rank["rank"]
 
 
-def count_partners(pairs: pl.DataFrame, n: int) -> pl.Series:
-    """How many pairs of the copy search each of n rows has: they hold parts of it, or it is a part of them."""
-    edited = pairs.filter((pl.col("signal") == "copy") & (pl.col("class") == "copy"))
-    ends = np.concatenate([edited["a"].to_numpy(), edited["b"].to_numpy()])
+def count_partners(pairs: pl.DataFrame, n: int, prefer: Sequence[str] = ()) -> pl.Series:
+    """How many pairs of the copy search each of n rows has: they hold parts of it, or it is a part of them.
+
+    Who prefers the medoid means all copies.
+    """
+    copies = pairs.filter(pl.col("class") == "copy")
+    counted = copies if "medoid" in prefer else copies.filter(pl.col("signal") == "copy")
+    ends = np.concatenate([counted["a"].to_numpy(), counted["b"].to_numpy()])
     return pl.Series("partners", np.bincount(ends, minlength=n))
 
 

@@ -3,17 +3,24 @@
 In: a table of rows, and a function for a part of it. Out: its results in order, or files in the work folder.
 """
 
+import inspect
+import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
-from dedup import engine, hashing, look
+from dedup import detail, engine, features, geometry, hashing, images, look, overlay, verify
 from dedup.fingerprint import DecodeOptions
+from dedup.verdicts import Verdicts
 
 ROWS = 64  # of a file of thumbnails
 ITEMS = 16  # rows or pairs of another task: these take milliseconds each, and all workers should have some
+REMEMBERED = 2_048  # results that are lost at most when the run is killed
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +31,39 @@ class Reader:
     work: Path
     decode: DecodeOptions
     workers: engine.Workers
+    verdicts: Verdicts
 
-    def run[T](self, function: Callable[..., list[T]], items: list) -> list[T]:
-        """`function(src, part, options)` over parts of the items; the results of all."""
+    def ask(self, function: Callable[..., list], keys: list, make_items: Callable[[list[int]], list]) -> list:
+        """Results of `function(src, part, options)` over parts of the items, remembered by their keys.
+
+        keys: one for each item, with all that decides its result besides the decode options: digests of bytes, and
+        what is asked of them. make_items: numbers of keys without a known result → their items. Results come as JSON
+        has them: lists for tuples and arrays.
+        """
+        limits = self.decode.max_pixels, self.decode.max_frames  # all that the second reading asks of them
+        asked = function.__name__, _digest_code(function.__module__), limits
+        names = [hashing.digest(repr((*asked, key)).encode())[:32] for key in keys]
+        told = dict(zip(names, self.verdicts.find(names), strict=True))
+        first = {name: number for number, name in reversed(list(enumerate(names))) if told[name] is None}
+        numbers = sorted(first.values())
+        items = make_items(numbers)
         parts = [items[start : start + ITEMS] for start in range(0, len(items), ITEMS)]
-        results = self.workers.run(function, [(self.src, part, self.decode) for part in parts])
-        return [result for part in results for result in part]
+        fresh: list[str] = []
+        done = 0
+        try:
+            for results in self.workers.run(function, [(self.src, part, self.decode) for part in parts]):
+                fresh += [json.dumps(result, default=_to_plain) for result in results]
+                if len(fresh) - done >= REMEMBERED:
+                    self._remember([names[n] for n in numbers[done : len(fresh)]], fresh[done:])
+                    done = len(fresh)
+        finally:
+            self._remember([names[n] for n in numbers[done : len(fresh)]], fresh[done:])
+        told |= {names[n]: verdict for n, verdict in zip(numbers, fresh, strict=True)}
+        return [json.loads(told[name] or "") for name in names]
+
+    def _remember(self, names: list[str], verdicts: list[str]) -> None:
+        if names:
+            self.verdicts.add(names, verdicts)
 
     def thumbnails(self, rows: pl.DataFrame) -> look.Thumbnails:
         """Of the given rows."""
@@ -61,3 +95,15 @@ class Reader:
         for stale in set((self.work / folder).glob("*.npy")) - set(paths):
             stale.unlink()
         return paths
+
+
+@cache
+def _digest_code(module: str) -> str:
+    """Of all that has a say in a comparison: where a threshold moves, what was said before counts no more."""
+    modules = (images, detail, features, geometry, overlay, verify, look, sys.modules[module])
+    return hashing.digest("".join(map(inspect.getsource, modules)).encode())
+
+
+def _to_plain(value: Any) -> Any:
+    """Of numpy, without loss."""
+    return value.tolist()

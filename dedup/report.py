@@ -15,14 +15,14 @@ import numpy as np
 import polars as pl
 
 from dedup import gallery, manifest, policy, threshold
-from dedup.gallery import ALIKE, DUPLICATES, SCENE, TURNED
+from dedup.gallery import ALIKE, ALLOWED, DUPLICATES, SCENE, TURNED
 
 TEMPLATES = Path(__file__).parent / "templates"
 THUMBNAILS = 20_000  # about 60 MB and a minute on one core
 SOURCES = 100  # rows of the table of sources
 CAPTIONS = 3  # examples of repeated captions
 UNREADABLE = 500  # rows of the table of unreadable files
-MOSTLY = 0.5  # a source that loses more than this raises an alarm
+MOSTLY = 0.5  # a source that loses more than this raises an alarm, unless the run says otherwise
 SIZES = ((2, 2), (3, 4), (5, 9), (10, 19), (20, 49), (50, 99), (100, None))
 HAMMING_STEP, HAMMING_BARS = 2, 16  # a PDQ hash has as many ones as zeros, so distances are nearly always even
 RESIDUAL_STEP, RESIDUAL_BARS = 0.01, 20
@@ -64,7 +64,7 @@ def write_report(out: Path, *, jobs: int = 0, thumbnails: int = THUMBNAILS) -> P
     text = page.render(
         **{name: run[name] for name in ("src", "counts", "options", "versions")},
         origin=run.get("origin", run["src"]),
-        **_summarise(rows, pairs, members),
+        **_summarise(rows, pairs, members, run["options"].get("max_loss", MOSTLY)),
         search=describe_search(search, shown.filter(pl.col("number").is_null())),
         credit=read_credit(src),
         kinds=_count_kinds(index["kind"]),
@@ -123,7 +123,7 @@ def format_score(value: float, digits: int = 2) -> str:
     return f"{value:.{digits}f}".replace("-", "−")
 
 
-def _summarise(rows: pl.DataFrame, pairs: pl.DataFrame, members: pl.DataFrame) -> dict[str, Any]:
+def _summarise(rows: pl.DataFrame, pairs: pl.DataFrame, members: pl.DataFrame, max_loss: float) -> dict[str, Any]:
     """What the page says above the groups."""
     sizes = members.filter(pl.col("kind") != ALIKE).group_by("group").len()["len"].to_numpy()
     unreadable = rows.filter(pl.col("status") != "ok").head(UNREADABLE)
@@ -135,7 +135,8 @@ def _summarise(rows: pl.DataFrame, pairs: pl.DataFrame, members: pl.DataFrame) -
         "scene_kept": members.filter(pl.col("kind") == SCENE).height,
         "captions": _describe_captions(rows),
         "charts": {"sizes": _size_bars(sizes)} | _distance_bars(pairs),
-        "sources": count_sources(rows),
+        "sources": count_sources(rows, max_loss),
+        "max_loss": max_loss,
         "unreadable": unreadable.select("key", "status", "error", "size").to_dicts(),
     }
 
@@ -148,7 +149,7 @@ def _describe_captions(rows: pl.DataFrame) -> dict[str, dict[str, Any]]:
     }
 
 
-def count_sources(rows: pl.DataFrame) -> list[dict[str, Any]]:
+def count_sources(rows: pl.DataFrame, max_loss: float = MOSTLY) -> list[dict[str, Any]]:
     """Rows, kept, removed, unreadable and the lost share of each source; those that lose most of it first."""
     readable = pl.col("status") == "ok"
     table = rows.group_by("source").agg(
@@ -159,7 +160,9 @@ def count_sources(rows: pl.DataFrame) -> list[dict[str, Any]]:
     )
     lost = 1 - pl.col("kept") / pl.col("rows")
     return (
-        table.with_columns(lost=lost, alarm=lost > MOSTLY).sort(~pl.col("alarm"), -pl.col("rows"), "source").to_dicts()
+        table.with_columns(lost=lost, alarm=lost > max_loss)
+        .sort(~pl.col("alarm"), -pl.col("rows"), "source")
+        .to_dicts()
     )
 
 
@@ -191,7 +194,10 @@ def _distance_bars(pairs: pl.DataFrame) -> dict[str, list[dict[str, Any]]]:
 def _count_kinds(kinds: list[int]) -> list[tuple[int, str, int]]:
     """(bits, label, groups) of the choices above the groups."""
     labels = {DUPLICATES: "Copies removed", TURNED: "Mirrored or turned, kept"}
-    labels |= {SCENE: "Same scene, kept", ALIKE: "Look-alikes, kept", DUPLICATES | TURNED | ALIKE | SCENE: "All"}
+    if any(kind & ALLOWED for kind in kinds):
+        labels[ALLOWED] = "Copies kept by policy"
+    labels |= {SCENE: "Same scene, kept", ALIKE: "Look-alikes, kept"}
+    labels[DUPLICATES | TURNED | ALIKE | SCENE | ALLOWED] = "All"
     return [(bits, label, sum(1 for kind in kinds if kind & bits)) for bits, label in labels.items()]
 
 

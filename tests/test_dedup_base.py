@@ -324,7 +324,7 @@ def test_published_survivors_never_flip(data: st.DataObject) -> None:
             "orientation": data.draw(turn),
         },
         schema={"a": pl.Int64, "b": pl.Int64, "class": pl.String, "orientation": pl.String},
-    )
+    ).with_columns(signal=pl.lit("pdq"))
     published = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
     natural = np.array(data.draw(st.permutations(range(n))))
     rank = np.empty(n, np.int64)

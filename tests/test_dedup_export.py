@@ -239,7 +239,8 @@ SOURCES: dict[str, Callable[[Path], tuple[Path, Layout]]] = {
 def run_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
     folder = tmp_path_factory.mktemp("made")
     src, layout = SOURCES[request.param](folder)
-    deduplicate(src, folder / "out", DedupOptions(layout=layout), jobs=1, transfer=elsewhere(folder))
+    options = DedupOptions(per="none", layout=layout)
+    deduplicate(src, folder / "out", options, jobs=1, transfer=elsewhere(folder))
     assert manifest.read(folder / "out").filter("keep")["id"].to_list() == KEPT
     return request.param, src, folder / "out"
 
@@ -403,7 +404,7 @@ def test_equal_exports_have_equal_bytes_and_read_as_sources(
     if format_ != "index":
         again = next((tmp_path / "one").glob("shop.*"), tmp_path / "one")
         layout = Layout(root=str(tmp_path / "images"), id_column="sku") if again != tmp_path / "one" else Layout()
-        run = deduplicate(again, tmp_path / "again", DedupOptions(layout=layout), jobs=1)
+        run = deduplicate(again, tmp_path / "again", DedupOptions(per="none", layout=layout), jobs=1)
         assert (run["counts"]["rows"], run["counts"]["dropped"]) == (3, 0)
         if format_ == "same":
             before = manifest.read(out).filter("keep")
@@ -433,7 +434,7 @@ def test_addresses(made: tuple[str, Path, Path], tmp_path: Path) -> None:
 def dedup(folder: Path, make: str) -> tuple[Path, Path]:
     """SRC and OUT."""
     src, layout = SOURCES[make](folder)
-    deduplicate(src, folder / "out", DedupOptions(layout=layout), jobs=1)
+    deduplicate(src, folder / "out", DedupOptions(per="none", layout=layout), jobs=1)
     return src, folder / "out"
 
 
