@@ -162,12 +162,12 @@ def digest_weights(pipeline: DiffusionPipeline) -> str:
     return state.hexdigest()
 
 
-def open_network(kind: type[nn.Module], folder: Path, pickled: Sequence[str] = ()) -> Any:
-    """A network with all of its weights, float32; pickled ones must be named as FOLDER/FILE. Raises ModelError."""
+def open_network(kind: type[nn.Module], folder: Path, root: Path, pickled: Sequence[str] = ()) -> Any:
+    """A network with all of its weights, float32. Pickled ones must be named relative to `root`. Raises ModelError."""
     files = sorted(path for path in folder.glob("*") if path.is_file())
     safe = any(file.suffix == ".safetensors" for file in files)
     for file in (file for file in files if not safe and file.suffix in PICKLES):
-        name = f"{folder.name}/{file.name}"
+        name = file.relative_to(root).as_posix()
         if name not in pickled:
             what = f"{file} is pickled, so opening it could run code"
             raise ModelError(f"{what}: convert it to safetensors, or trust it by name: pickled = [{name!r}]")
@@ -206,7 +206,8 @@ def _load_plain(folder: Path, pickled: Sequence[str]) -> DiffusionPipeline:
     for part in sorted(parts.keys() - options.keys()):
         network = getattr(LIBRARIES.get(parts[part][0]), str(parts[part][1]), None)
         if isinstance(network, type) and issubclass(network, nn.Module):
-            options[part] = open_network(network, folder / part, pickled)
+            place = folder / part if (folder / part).is_dir() else folder  # old pipelines of one network are flat
+            options[part] = open_network(network, place, folder, pickled)
     return open_folder(DiffusionPipeline, folder, **options)
 
 

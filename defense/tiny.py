@@ -130,4 +130,4 @@ def load_autoencoder(folder: Path) -> AutoencoderKL:
     """An AutoencoderKL in float32. Raises ModelError when the weights are missing or pickled."""
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder} holds no autoencoder (no config.json): set `autoencoder` to the folder of one")
-    return open_network(AutoencoderKL, folder)
+    return open_network(AutoencoderKL, folder, folder)

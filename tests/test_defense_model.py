@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -257,6 +259,47 @@ def test_what_is_saved_holds_no_pickle_and_opens_as_it_was(tmp_path):
     again = model.load_pipeline(tmp_path / "model")
     assert model.digest_weights(again) == model.digest_weights(pipeline)
     assert again.tokenizer.model_max_length == 8
+
+
+def test_an_old_pipeline_of_one_network_is_flat(bases, tmp_path):
+    """google/ddpm-cifar10-32 has its weights beside model_index.json."""
+    folder = Path(shutil.copytree(bases["ddpm"], tmp_path / "flat"))
+    for file in [*(folder / "unet").iterdir(), *(folder / "scheduler").iterdir()]:
+        file.rename(folder / file.name)
+    (folder / "unet").rmdir()
+    (folder / "scheduler").rmdir()
+    expected = model.digest_weights(model.load_pipeline(bases["ddpm"]))
+    assert model.digest_weights(model.load_pipeline(folder)) == expected
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), folder / "diffusion_pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(model.ModelError, match=r"pickled = \['diffusion_pytorch_model\.bin'\]"):
+        model.load_pipeline(folder)
+    named = model.load_pipeline(folder, pickled=["diffusion_pytorch_model.bin"])
+    assert model.digest_weights(named) == expected
+
+
+def test_a_name_on_the_hub_is_found_in_its_cache(bases, tmp_path):
+    """In a process of its own: where the cache lies is decided at import."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--org--tiny"
+    shutil.copytree(bases["ddpm"], cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    code = (
+        "from defense import model; pipeline = model.load_pipeline('org/tiny')\n"
+        "print(model.describe_base(pipeline, 'org/tiny', [], [])['base'])\n"
+        "try: model.load_pipeline('org/none')\n"
+        "except model.ModelError as error: print(error)"
+    )
+    places = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": "."}
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=places, capture_output=True, text=True, check=True
+    )
+    found, missing = done.stdout.splitlines()
+    assert found == f"org/tiny@{commit}"
+    assert missing.startswith("org/none is no folder, and the hub does not give it (")
 
 
 def test_a_safety_checker_is_left_out(sd14):
