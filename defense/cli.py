@@ -49,6 +49,7 @@ def train(
     """
     with require_extra("train"):
         from defense import train as training
+        from defense.config import load_config
 
-        training.train(out, arm, training.load_config(config), run, seed)
+        training.train(out, arm, load_config(config), run, seed)
     typer.echo(run / "model")

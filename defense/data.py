@@ -1,7 +1,7 @@
 """Manifest + arm → tensors; which rows are held out; and in which order the rest is trained on.
 
 In: the rows of an arm, SRC, the frozen halves of the model (autoencoder, text encoder). Out: `Examples`,
-everything that training needs in memory: latents, and one embedding per distinct caption. Images are decoded
+everything that training needs in memory: latents, and one condition per distinct caption. Images are decoded
 once. Knows nothing of what the arms mean, nor of the training loop.
 """
 
@@ -15,15 +15,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
-from diffusers import AutoencoderKL
+from diffusers import DiffusionPipeline
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from dedup import images, manifest, sources
 from dedup.hashing import digest
+from defense.conditions import Conditions, embed_captions
 
 SPARE = "spare"  # folder of a planted dataset with images that stand nowhere else
-CHUNK = 64  # images or captions at a time through the frozen networks; fixed, so that results are too
 
 
 class DataError(OSError):
@@ -35,38 +34,36 @@ class Examples:
     """What a model is trained on. Row i draws its caption from `caption_ids[first[i] :][: count[i]]`."""
 
     latents: Tensor  # (N, C, h, w) float32, scaled to unit variance
-    embeddings: Tensor  # (D, L, W) float32, one per distinct caption; row 0 is the empty caption
-    caption_ids: Tensor  # (sum of count,) int64, rows of `embeddings`
+    conditions: Conditions  # one row per distinct caption; row 0 is the empty caption
+    caption_ids: Tensor  # (sum of count,) int64, rows of `conditions`
     first: Tensor  # (N,) int64
     count: Tensor  # (N,) int64, at least 1
 
     def draw_captions(self, rows: Tensor, uniform: Tensor) -> Tensor:
-        """Rows of `embeddings` for the rows (B,) int64, chosen by uniform (B,) in [0, 1)."""
+        """Rows of `conditions` for the rows (B,) int64, chosen by uniform (B,) in [0, 1)."""
         chosen = (uniform * self.count[rows]).long()
         return self.caption_ids[self.first[rows] + chosen.minimum(self.count[rows] - 1)]
 
 
-def build_examples(
-    rows: pl.DataFrame,
-    src: Path,
-    *,
-    resolution: int,
-    autoencoder: AutoencoderKL,
-    tokenizer: CLIPTokenizer,
-    text_encoder: CLIPTextModel,
-) -> Examples:
-    """Rows of an arm (`arms.COLUMNS`) → Examples. Raises DataError."""
-    latents = encode_latents(load_pixels(rows, src, resolution), autoencoder)
+def build_examples(rows: pl.DataFrame, src: Path, pipeline: DiffusionPipeline, *, resolution: int) -> Examples:
+    """Rows of an arm (`arms.COLUMNS`) → Examples, by the frozen halves of the pipeline. Raises DataError."""
+    chunk = fit_chunk(resolution)
+    latents = [encode_latents(load_pixels(part, src, resolution), pipeline) for part in rows.iter_slices(chunk)]
     captions = [list(texts) or [""] for texts in rows["captions"]]
     distinct = number_texts(["", *chain.from_iterable(captions)])
     count = torch.tensor([len(texts) for texts in captions])
     return Examples(
-        latents,
-        embed_captions(list(distinct), tokenizer, text_encoder),
+        torch.cat(latents),
+        embed_captions(pipeline, list(distinct)[1:]),
         caption_ids=torch.tensor([distinct[text] for texts in captions for text in texts]),
         first=count.cumsum(0) - count,
         count=count,
     )
+
+
+def fit_chunk(side: int) -> int:
+    """How many images of this many pixels a side go through a network at a time: a fixed number of pixels."""
+    return max(1, min(64, 2**20 // side**2))
 
 
 def number_texts(texts: Iterable[str]) -> dict[str, int]:
@@ -80,7 +77,8 @@ def load_pixels(rows: pl.DataFrame, src: Path, size: int) -> np.ndarray:
     for number, row in enumerate(rows.iter_rows(named=True)):
         data = sources.read_image(src, row["shard"], row["offset"], row["size"], row["key"])
         if row["sha256"] is not None and digest(data) != row["sha256"]:
-            raise DataError(f"{src}: {row['key']} has changed: run `unmemorize dedup` again")
+            where = f"{row['key']} in {row['shard']}" if row["shard"] else row["key"]
+            raise DataError(f"{src}: {where} has changed: run `unmemorize dedup` again")
         try:
             pixels[number] = images.square(images.decode(data).pixels, size)
         except images.ImageError as error:
@@ -89,24 +87,16 @@ def load_pixels(rows: pl.DataFrame, src: Path, size: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def encode_latents(pixels: np.ndarray, autoencoder: AutoencoderKL) -> Tensor:
-    """uint8 (N, H, W, 3) → float32 (N, C, H/f, W/f): mean of the posterior times the scaling factor."""
-    latents = []
-    for chunk in torch.from_numpy(pixels).split(CHUNK):
-        x = chunk.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W) in [-1, 1]
-        latents.append(autoencoder.encode(x.contiguous()).latent_dist.mode())
-    return torch.cat(latents) * autoencoder.config.scaling_factor
+def encode_latents(pixels: np.ndarray, pipeline: DiffusionPipeline) -> Tensor:
+    """uint8 (N, H, W, 3) → float32 (N, C, H/f, W/f): mean of the posterior times the scaling factor.
 
-
-@torch.no_grad()
-def embed_captions(captions: Sequence[str], tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> Tensor:
-    """float32 (N, L, W), as StableDiffusionPipeline does: padded or cut to the L tokens of the tokenizer."""
-    embeddings = []
-    for start in range(0, len(captions), CHUNK):
-        chunk = list(captions[start : start + CHUNK])
-        tokens = tokenizer(chunk, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        embeddings.append(text_encoder(tokens.to(text_encoder.device))[0])  # (B, L) → (B, L, W)
-    return torch.cat(embeddings)
+    Without an autoencoder in the pipeline the pixels themselves, in [-1, 1].
+    """
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1  # (N, 3, H, W)
+    vae = getattr(pipeline, "vae", None)
+    if vae is None:
+        return x.contiguous()
+    return vae.encode(x.contiguous().to(vae.device)).latent_dist.mode().cpu() * vae.config.scaling_factor
 
 
 def hold_out(rows: pl.DataFrame, share: float, protected: Collection[str] = ()) -> pl.Series:

@@ -1,100 +1,166 @@
-"""Prompts + seeds → images: classifier-free guidance with the scheduler of the pipeline, in one short loop.
+"""Prompts + seeds → images, with the scheduler of the pipeline.
 
 The noise of an image depends on its own seed alone, so an image is the same (up to float rounding) whatever
-else is in its batch. Given equal noise the result equals diffusers' own `pipeline(...)`. Knows nothing of
-runs or attacks.
+else is in its batch. The classes in `KNOWN` are sampled in one short loop of our own, so that every step can be
+watched; given equal seeds the result equals diffusers' own `pipeline(...)`. Any other text-to-image pipeline is a
+black box that is asked for images. Knows nothing of runs or attacks.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from defense.data import embed_captions, number_texts
+from defense.conditions import Conditions, embed_captions
+from defense.data import fit_chunk, number_texts
+
+KNOWN = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "DDPMPipeline")
+LARGE = 1024  # pixels a side that are reckoned with when a pipeline does not say how large its images are
 
 
 @dataclass(frozen=True, slots=True)
 class DenoisingStep:
-    """One step of one batch, for whoever watches. The tensors are the sampler's: not to be changed."""
+    """One step of one batch, for whoever watches. The tensors are the sampler's: not to be changed.
+
+    A black box shows its last step only: the finished images in [0, 1] as `latents`, and no predictions.
+    """
 
     step: int  # 0 … steps - 1
     timestep: int
     first: int  # position in `prompts` of the first image of the batch
     latents: Tensor  # (B, C, h, w) after the step
-    conditional: Tensor  # (B, C, h, w) prediction of the U-Net for the prompts
+    conditional: Tensor | None  # (B, C, h, w) prediction of the U-Net for the prompts
     unconditional: Tensor | None  # (B, C, h, w) for the empty prompt; None without guidance
 
 
-def draw_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """float32 (N, *shape): standard normal noise, one generator an image."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators])
+Watcher = Callable[[DenoisingStep], None]
+
+
+def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One generator an image, on the CPU wherever the model is."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 @torch.inference_mode()
 def sample(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
     steps: int,
     guidance_scale: float,
     batch_size: int,
-    on_step: Callable[[DenoisingStep], None] | None = None,
+    on_step: Watcher | None = None,
 ) -> np.ndarray:
     """uint8 (N, H, W, 3), image i for prompts[i] with the noise of seeds[i].
 
-    guidance_scale: of Ho & Salimans 2022 in diffusers' convention, where 1 means no guidance.
+    guidance_scale: of Ho & Salimans 2022 in diffusers' convention, where 1 means no guidance. batch_size: at
+    most; large images go in smaller batches. A model without captions pays no heed to the prompts.
     An image whose latents are not finite comes out black; `on_step` sees the latents. Raises ValueError.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: there must be one seed a prompt")
     if guidance_scale < 1:
         raise ValueError(f"guidance_scale must be at least 1 (no guidance), not {guidance_scale}")
-    unet, vae = pipeline.unet, pipeline.vae
-    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    distinct = number_texts(["", *prompts])
-    embeddings = embed_captions(list(distinct), pipeline.tokenizer, pipeline.text_encoder)  # (D, L, W)
+    side = _find_side(pipeline)
+    if not prompts:
+        return np.empty((0, side, side, 3), dtype=np.uint8)
+    known = is_known(pipeline)
+    distinct = number_texts(prompts)
+    conditions = embed_captions(pipeline, list(distinct)) if known else Conditions()
+    if known and conditions.tokens is None and guidance_scale > 1:
+        raise ValueError(f"{type(pipeline).__name__} takes no prompts, so guidance_scale can only be 1")
+    batch_size = min(batch_size, fit_chunk(side))
     batches = []
     for first in range(0, len(prompts), batch_size):
-        rows = [distinct[text] for text in prompts[first : first + batch_size]]
-        noise = draw_noise(seeds[first : first + batch_size], shape).to(unet.device)
-        context = (embeddings[rows], embeddings[:1])
-        latents = _denoise(pipeline, noise, *context, steps, guidance_scale, first, on_step)
-        batches.append(vae.decode(latents / vae.config.scaling_factor).sample.cpu())
-    if not batches:
-        side = shape[1] * pipeline.vae_scale_factor
-        return np.empty((0, side, side, 3), dtype=np.uint8)
-    pixels = (torch.cat(batches) / 2 + 0.5).nan_to_num(0, 0, 0).clamp(0, 1)  # (N, 3, H, W)
+        texts, generators = prompts[first : first + batch_size], make_generators(seeds[first : first + batch_size])
+        if known:
+            rows = torch.tensor([distinct[text] + 1 for text in texts])
+            latents = _denoise(pipeline, generators, conditions, rows, steps, guidance_scale, first, on_step)
+            batches.append(_decode(pipeline, latents))
+        else:
+            images = _ask(pipeline, texts, generators, steps, guidance_scale)
+            if on_step is not None:
+                on_step(DenoisingStep(steps - 1, 0, first, images, None, None))
+            batches.append(images)
+    pixels = torch.cat(batches).nan_to_num(0, 0, 0).clamp(0, 1)  # (N, 3, H, W)
     return (pixels.permute(0, 2, 3, 1).numpy() * 255).round().astype(np.uint8)
 
 
+def is_known(pipeline: DiffusionPipeline) -> bool:
+    """Whether `_denoise` does what the pipeline does: its class, and none of the additions to it."""
+    if type(pipeline).__name__ not in KNOWN:
+        return False
+    vae = getattr(pipeline, "vae", None)
+    distilled = pipeline.unet.config.get("time_cond_proj_dim") is not None  # told how strongly it is guided
+    return not distilled and (vae is None or vae.config.get("latents_mean") is None)
+
+
+def _find_side(pipeline: DiffusionPipeline) -> int:
+    """Pixels a side of the images, as far as the pipeline says."""
+    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    size = getattr(network, "config", {}).get("sample_size")
+    return size * getattr(pipeline, "vae_scale_factor", 1) if isinstance(size, int) else LARGE
+
+
 def _denoise(
-    pipeline: StableDiffusionPipeline,
-    noise: Tensor,  # (B, C, h, w)
-    prompts: Tensor,  # (B, L, W)
-    empty: Tensor,  # (1, L, W)
+    pipeline: DiffusionPipeline,
+    generators: list[torch.Generator],
+    conditions: Conditions,
+    rows: Tensor,  # (B,) of the conditions
     steps: int,
     guidance_scale: float,
     first: int,
-    on_step: Callable[[DenoisingStep], None] | None,
+    on_step: Watcher | None,
 ) -> Tensor:
     """Noise → latents (B, C, h, w)."""
     unet, scheduler = pipeline.unet, pipeline.scheduler
+    size = unet.config.sample_size
+    shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
     guided = guidance_scale > 1
-    context = torch.cat([empty.expand_as(prompts), prompts]) if guided else prompts
+    context = conditions.select(torch.cat([torch.zeros_like(rows), rows]) if guided else rows, unet.device)
+    chance = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     scheduler.set_timesteps(steps, device=unet.device)
-    latents = noise * scheduler.init_noise_sigma
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    latents = noise.to(unet.device) * scheduler.init_noise_sigma
     for step, timestep in enumerate(scheduler.timesteps):
         x = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, timestep)
-        prediction = unet(x, timestep, encoder_hidden_states=context, return_dict=False)[0]
+        prediction = unet(x, timestep, **context, return_dict=False)[0]
         unconditional, conditional = prediction.chunk(2) if guided else (None, prediction)
         if unconditional is not None:
             prediction = unconditional + guidance_scale * (conditional - unconditional)
-        latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+        latents = scheduler.step(prediction, timestep, latents, **chance, return_dict=False)[0]
         if on_step is not None:
             on_step(DenoisingStep(step, int(timestep), first, latents, conditional, unconditional))
     return latents
+
+
+def _decode(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+    """Latents → float32 (B, 3, H, W), [0, 1] but for what the autoencoder overshoots."""
+    vae = getattr(pipeline, "vae", None)
+    images = latents if vae is None else vae.decode(latents / vae.config.scaling_factor).sample
+    return images.cpu() / 2 + 0.5
+
+
+def _ask(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    generators: list[torch.Generator],
+    steps: int,
+    guidance_scale: float,
+) -> Tensor:
+    """What a black box draws: float32 (B, 3, H, W) in [0, 1]. Raises ValueError."""
+    accepted, name = inspect.signature(pipeline.__call__).parameters, type(pipeline).__name__
+    if "prompt" not in accepted or "image" in accepted:
+        raise ValueError(f"{name} does not draw from a prompt alone: only text-to-image pipelines can be sampled")
+    options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    options = {option: value for option, value in options.items() if option in accepted}
+    drawn = pipeline(prompt=list(prompts), generator=generators, output_type="np", **options)
+    if not hasattr(drawn, "images"):
+        raise ValueError(f"{name} draws no images: only text-to-image pipelines can be sampled")
+    return torch.from_numpy(np.asarray(drawn.images)).float().permute(0, 3, 1, 2)

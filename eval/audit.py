@@ -65,7 +65,8 @@ def demo(
 
 
 def _train_and_attack(out: Path, arm: str, steps: int, run: Path, seed: int, samples: int) -> Path:
-    from defense.train import TrainConfig, train
+    from defense.config import TrainConfig
+    from defense.train import train
 
     train(out, arm, TrainConfig(steps=steps), run, seed)
     generate(run, n=samples)

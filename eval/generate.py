@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from defense.sampling import DenoisingStep
 
 BASE_SEED = "unmemorize-1"  # the same for every arm, run and dataset
+UNCONDITIONAL = ("DDPMPipeline",)  # models that take no prompt; every image of theirs is as good as any other
 BATCH = 64  # images through the model at a time; part of the digest, because it may change the last bit
 
 GENERATIONS: dict[str, pl.DataType | type[pl.DataType]] = {
@@ -72,6 +73,8 @@ def generate(
     targets = load_targets(Path(config["out"]), limit=limit, held_out=config["config"]["held_out"])
     if prompts is not None:
         targets = _replace_prompts(targets, prompts)
+    if config.get("pipeline") in UNCONDITIONAL:
+        targets = targets.with_columns(prompt=pl.lit(""))
     settings = {"n": n, "guidance_scale": float(guidance_scale), "steps": steps}
     digest = _digest(run / "model", settings | {"base_seed": BASE_SEED, "batch": BATCH})
     folder = run / "generations" / digest
@@ -138,7 +141,7 @@ def _sample_targets(
     from defense.model import load_pipeline
 
     torch.set_num_threads(config["threads"] or available_cpus())
-    pipeline = load_pipeline(run / "model")
+    pipeline = load_pipeline(run / "model", device=config.get("device", "auto"))
     rows = list(zip(names, targets.iter_rows(named=True), strict=True))
     n = settings["n"]
     with tqdm(desc=f"generate {run.name}", unit=" images", total=len(rows) * n, file=sys.stderr, disable=None) as bar:

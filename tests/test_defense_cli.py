@@ -23,6 +23,7 @@ def test_importing_the_command_line_imports_nothing_heavy():
 
 def test_train_passes_its_arguments_on(tmp_path, monkeypatch):
     from defense import train as training
+    from defense.config import TrainConfig
 
     calls = []
     monkeypatch.setattr(training, "train", lambda *args: calls.append(args))
@@ -43,7 +44,7 @@ def test_train_passes_its_arguments_on(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     assert result.stdout == f"{tmp_path / 'run' / 'model'}\n"
-    assert calls == [(Path("OUT"), "refill", training.TrainConfig(steps=3), tmp_path / "run", 5)]
+    assert calls == [(Path("OUT"), "refill", TrainConfig(steps=3), tmp_path / "run", 5)]
 
 
 def test_a_negative_seed_is_refused():

@@ -17,7 +17,8 @@ from PIL import Image
 from dedup import images, manifest, sources
 from dedup.hashing import digest
 from defense import data
-from defense.model import build_tiny
+from defense.conditions import embed_captions
+from defense.tiny import build_tiny
 
 COPIES = 3  # picture 0 stands so often in the dataset; the others once
 PICTURES = 6
@@ -138,7 +139,7 @@ def test_pixels_are_decoded_and_squared_in_row_order(out):
 
 def test_a_changed_image_is_refused(out):
     rows = readable(out).with_columns(sha256=pl.lit("0" * 64))
-    with pytest.raises(data.DataError, match="0000 has changed"):
+    with pytest.raises(data.DataError, match=r"0000 in 00000\.tar has changed: run `unmemorize dedup` again"):
         data.load_pixels(rows, source(out), 32)
 
 
@@ -149,37 +150,32 @@ def test_an_image_that_cannot_be_decoded_is_named(out):
 
 
 def test_latents_are_the_scaled_posterior_mean(pipeline):
-    pixels = np.random.default_rng(0).integers(0, 256, (data.CHUNK + 2, 32, 32, 3), dtype=np.uint8)
-    latents = data.encode_latents(pixels, pipeline.vae)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    latents = data.encode_latents(pixels, pipeline)
     last = torch.from_numpy(pixels[-1:].transpose(0, 3, 1, 2) / 255.0).float() * 2 - 1
     with torch.no_grad():
         mean = pipeline.vae.encode(last).latent_dist.mean * 1.5
-    assert latents.shape == (data.CHUNK + 2, 4, 8, 8)
+    assert latents.shape == (3, 4, 8, 8)
     torch.testing.assert_close(latents[-1:], mean, atol=1e-5, rtol=0)
 
 
-def test_embeddings_are_those_of_diffusers(pipeline):
-    captions = ["a red fox", "", "a very long caption that goes on and on, past the last token"]
-    ours = data.embed_captions(captions, pipeline.tokenizer, pipeline.text_encoder)
-    theirs, _ = pipeline.encode_prompt(captions, "cpu", 1, do_classifier_free_guidance=False)
-    torch.testing.assert_close(ours, theirs)
+def test_large_images_go_through_a_network_in_small_chunks(out, pipeline, monkeypatch):
+    assert [data.fit_chunk(side) for side in (32, 128, 512, 1024, 2048)] == [64, 64, 4, 1, 1]
+    rows = readable(out).with_columns(captions=pl.lit([], dtype=pl.List(pl.String)))
+    whole = data.build_examples(rows, source(out), pipeline, resolution=32).latents
+    monkeypatch.setattr(data, "fit_chunk", lambda side: 3)
+    chunks = data.build_examples(rows, source(out), pipeline, resolution=32).latents
+    torch.testing.assert_close(chunks, whole)
 
 
 def test_captions_are_drawn_evenly_and_missing_ones_are_empty(out, pipeline):
     rows = pl.DataFrame({"captions": [["one", "two"], [], ["three"]]}, schema={"captions": pl.List(pl.String)})
     rows = pl.concat([readable(out).select("shard", "offset", "size", "key", "sha256").head(3), rows], how="horizontal")
-    examples = data.build_examples(
-        rows,
-        source(out),
-        resolution=32,
-        autoencoder=pipeline.vae,
-        tokenizer=pipeline.tokenizer,
-        text_encoder=pipeline.text_encoder,
-    )
+    examples = data.build_examples(rows, source(out), pipeline, resolution=32)
     uniform = torch.linspace(0, 1 - 1e-7, 1000)
     drawn = [examples.draw_captions(torch.full((1000,), row), uniform) for row in range(3)]
-    texts = data.embed_captions(["", "one", "two", "three"], pipeline.tokenizer, pipeline.text_encoder)
-    torch.testing.assert_close(examples.embeddings, texts)
+    texts = embed_captions(pipeline, ["one", "two", "three"]).tokens
+    torch.testing.assert_close(examples.conditions.tokens, texts)
     assert torch.bincount(drawn[0]).tolist() == [0, 500, 500]
     assert drawn[1].unique().tolist() == [0]
     assert drawn[2].unique().tolist() == [3]

@@ -1,114 +1,398 @@
-"""defense.model: built from a seed, saved as plain diffusers, opened without running anything."""
+"""defense.model: pipelines of any class opened without running anything. And the pipelines of the other tests."""
 
 import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from test_defense_data import build_small, write_autoencoder
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from safetensors.torch import load_file, save_file
+from test_defense_data import build_small
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from defense import model
 
+WIDTH = 16  # of every text encoder
+# Stable Diffusion 1.4, scheduler/scheduler_config.json.
+PNDM = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+
+
+def build_letters(length: int) -> CLIPTokenizer:
+    """CLIP's tokenizer that knows letters and no words: 514 tokens are opened faster than 49,408."""
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: n for n, word in enumerate(words)}, merges=[], model_max_length=length)
+
+
+def build_text(kind: type, tokenizer) -> torch.nn.Module:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return kind(config).eval()
+
+
+def build_autoencoder(**options: object) -> AutoencoderKL:
+    """f = 2, so that 16 pixels are 8 latents."""
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        act_fn="silu",
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        **options,
+    )
+
+
+def build_unet(**options: object) -> UNet2DConditionModel:
+    """The blocks and keys of Stable Diffusion 1.4 (unet/config.json), two of its four resolutions."""
+    return UNet2DConditionModel(
+        **{
+            "act_fn": "silu",
+            "attention_head_dim": 2,
+            "block_out_channels": (16, 32),
+            "center_input_sample": False,
+            "cross_attention_dim": WIDTH,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "downsample_padding": 1,
+            "flip_sin_to_cos": True,
+            "freq_shift": 0,
+            "in_channels": 4,
+            "layers_per_block": 1,
+            "mid_block_scale_factor": 1,
+            "norm_eps": 1e-05,
+            "norm_num_groups": 8,
+            "out_channels": 4,
+            "sample_size": 8,
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        }
+        | options
+    ).eval()
+
+
+def build_sd14(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    tokenizer = build_letters(16)
+    return StableDiffusionPipeline(
+        vae=build_autoencoder(scaling_factor=0.18215).eval(),
+        text_encoder=build_text(CLIPTextModel, tokenizer),
+        tokenizer=tokenizer,
+        unet=build_unet(),
+        scheduler=PNDMScheduler.from_config(PNDM | {"prediction_type": prediction_type}),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def build_sdxl() -> StableDiffusionXLPipeline:
+    tokenizer = build_letters(16)
+    return StableDiffusionXLPipeline(
+        vae=build_autoencoder(scaling_factor=0.13025, force_upcast=True).eval(),
+        text_encoder=build_text(CLIPTextModel, tokenizer),
+        text_encoder_2=build_text(CLIPTextModelWithProjection, tokenizer),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=build_unet(
+            cross_attention_dim=2 * WIDTH,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=WIDTH + 6 * 4,
+            transformer_layers_per_block=(1, 2),
+            use_linear_projection=True,
+        ),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            steps_offset=1,
+            timestep_spacing="leading",
+        ),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+
+
+def build_ddpm(**options: object) -> DDPMPipeline:
+    """google/ddpm-cifar10-32, smaller."""
+    unet = UNet2DModel(
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        norm_num_groups=8,
+        freq_shift=1,
+        flip_sin_to_cos=False,
+        downsample_padding=0,
+        **options,
+    )
+    return DDPMPipeline(unet.eval(), DDPMScheduler(variance_type="fixed_large"))
+
+
+def build_sd3() -> StableDiffusion3Pipeline:
+    """A flow-matching pipeline with a transformer, and without its third text encoder."""
+    tokenizer = build_letters(77)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_projection_dim=16,
+        joint_attention_dim=2 * WIDTH,
+        pooled_projection_dim=2 * WIDTH,
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=build_autoencoder(
+            scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False
+        ).eval(),
+        text_encoder=build_text(CLIPTextModelWithProjection, tokenizer),
+        tokenizer=tokenizer,
+        text_encoder_2=build_text(CLIPTextModelWithProjection, tokenizer),
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+BUILDERS = {"sd14": build_sd14, "sdxl": build_sdxl, "ddpm": build_ddpm, "sd3": build_sd3}
+
+
+def save_base(kind: str, folder: Path, **options: object) -> Path:
+    """A pipeline folder as somebody else would have it: the weights of seed 0."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BUILDERS[kind](**options).save_pretrained(folder / kind)
+    return folder / kind
+
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    build_small(folder).save_pretrained(folder / "model")
-    return folder / "model"
+def bases(tmp_path_factory):
+    """A saved pipeline of each class."""
+    folder = tmp_path_factory.mktemp("bases")
+    return {kind: save_base(kind, folder) for kind in BUILDERS}
 
 
-def test_the_tokenizer_is_that_of_clip():
-    tokenizer = model.build_tokenizer(77)
-    assert len(tokenizer) == 49_408
-    # Published token ids of openai/clip-vit-large-patch14.
-    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
-    padded = tokenizer("Hello,  WORLD!", padding="max_length").input_ids
-    assert padded[:6] == [49406, 3306, 267, 1002, 256, 49407]
-    assert set(padded[6:]) == {49407}
-    assert len(padded) == 77
+@pytest.fixture
+def sd14(bases, tmp_path):
+    """A copy of the Stable Diffusion folder to spoil."""
+    return Path(shutil.copytree(bases["sd14"], tmp_path / "sd14"))
 
 
-def test_a_missing_vocabulary_is_a_missing_package(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError) as caught:
-        model.build_tokenizer(8)
-    assert caught.value.name == "open-clip-torch"
+def pickle_weights(part: Path) -> str:
+    """Weights of a component as a .bin file instead of safetensors; returns its name relative to the pipeline."""
+    (weights,) = part.glob("*.safetensors")
+    name = "pytorch_model.bin" if weights.name == "model.safetensors" else "diffusion_pytorch_model.bin"
+    torch.save(load_file(weights), part / name)
+    weights.unlink()
+    return f"{part.name}/{name}"
 
 
-def test_weights_depend_on_the_seed_alone(tmp_path):
-    torch.manual_seed(5)
-    state = torch.random.get_rng_state()
-    first = model.digest_weights(build_small(tmp_path, seed=1))
-    assert torch.equal(state, torch.random.get_rng_state())
-    torch.manual_seed(6)
-    assert model.digest_weights(build_small(tmp_path, seed=1)) == first
-    assert model.digest_weights(build_small(tmp_path, seed=2)) != first
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_a_pipeline_of_any_class_is_opened_as_it_is(bases, kind):
+    opened = model.load_pipeline(bases[kind])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        built = BUILDERS[kind]()
+    assert type(opened) is type(built)
+    assert model.digest_weights(opened) == model.digest_weights(built)
+    assert {
+        p.dtype for part in opened.components.values() if hasattr(part, "parameters") for p in part.parameters()
+    } == {torch.float32}
 
 
-def test_what_is_saved_holds_no_pickle_and_opens_as_it_was(saved):
-    assert {path.suffix for path in saved.rglob("*") if path.is_file()} <= {".json", ".safetensors", ".txt"}
-    index = json.loads((saved / "model_index.json").read_text())
-    assert all(
-        library in (None, "diffusers", "transformers")
-        for library, _ in (v for v in index.values() if isinstance(v, list))
-    )
-    again = model.load_pipeline(saved)
-    assert model.digest_weights(again) == model.digest_weights(build_small(saved.parent))
+def test_what_is_saved_holds_no_pickle_and_opens_as_it_was(tmp_path):
+    pipeline = build_small(tmp_path)
+    model.save_pipeline(pipeline, tmp_path / "model")
+    assert {p.suffix for p in (tmp_path / "model").rglob("*") if p.is_file()} <= {".json", ".safetensors", ".txt"}
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    assert {v[0] for v in index.values() if isinstance(v, list)} <= {None, "diffusers", "transformers"}
+    again = model.load_pipeline(tmp_path / "model")
+    assert model.digest_weights(again) == model.digest_weights(pipeline)
     assert again.tokenizer.model_max_length == 8
-    assert again.unet.dtype == torch.float32
+
+
+def test_an_old_pipeline_of_one_network_is_flat(bases, tmp_path):
+    """google/ddpm-cifar10-32 has its weights beside model_index.json."""
+    folder = Path(shutil.copytree(bases["ddpm"], tmp_path / "flat"))
+    for file in [*(folder / "unet").iterdir(), *(folder / "scheduler").iterdir()]:
+        file.rename(folder / file.name)
+    (folder / "unet").rmdir()
+    (folder / "scheduler").rmdir()
+    expected = model.digest_weights(model.load_pipeline(bases["ddpm"]))
+    assert model.digest_weights(model.load_pipeline(folder)) == expected
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), folder / "diffusion_pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(model.ModelError, match=r"pickled = \['diffusion_pytorch_model\.bin'\]"):
+        model.load_pipeline(folder)
+    named = model.load_pipeline(folder, pickled=["diffusion_pytorch_model.bin"])
+    assert model.digest_weights(named) == expected
+
+
+def test_a_name_on_the_hub_is_found_in_its_cache(bases, tmp_path):
+    """In a process of its own: where the cache lies is decided at import."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--org--tiny"
+    shutil.copytree(bases["ddpm"], cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    code = (
+        "from defense import model; pipeline = model.load_pipeline('org/tiny')\n"
+        "print(model.describe_base(pipeline, 'org/tiny', [], [])['base'])\n"
+        "try: model.load_pipeline('org/none')\n"
+        "except model.ModelError as error: print(error)"
+    )
+    places = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": "."}
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=places, capture_output=True, text=True, check=True
+    )
+    found, missing = done.stdout.splitlines()
+    assert found == f"org/tiny@{commit}"
+    assert missing.startswith("org/none is no folder, and the hub does not give it (")
+
+
+def test_a_safety_checker_is_left_out(sd14):
+    index = json.loads((sd14 / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    (sd14 / "model_index.json").write_text(json.dumps(index))
+    assert model.load_pipeline(sd14).safety_checker is None
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_pickled_weights_are_opened_only_by_name(sd14, bases, part):
+    name = pickle_weights(sd14 / part)
+    with pytest.raises(model.ModelError, match="pickled, so opening it could run code") as caught:
+        model.load_pipeline(sd14)
+    assert f"pickled = ['{name}']" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    opened = model.load_pipeline(sd14, pickled=[name])
+    assert model.digest_weights(opened) == model.digest_weights(model.load_pipeline(bases["sd14"]))
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["BOMB"],)
+
+
+def test_a_pickle_that_is_named_still_runs_no_code(sd14, tmp_path, monkeypatch):
+    monkeypatch.setenv("BOMB", str(tmp_path / "ran"))
+    name = pickle_weights(sd14 / "unet")
+    torch.save({"conv_in.weight": Bomb()}, sd14 / name)
+    with pytest.raises(model.ModelError, match="cannot be opened"):
+        model.load_pipeline(sd14, pickled=[name])
+    assert not (tmp_path / "ran").exists()
+    torch.load(sd14 / name, weights_only=False)
+    assert (tmp_path / "ran").exists()  # it would have
+
+
+def test_pickles_beside_safetensors_are_not_opened(sd14, bases, tmp_path, monkeypatch):
+    monkeypatch.setenv("BOMB", str(tmp_path / "ran"))
+    for name in ("old.ckpt", "unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin"):
+        (sd14 / name).write_bytes(pickle.dumps(Bomb()))
+    opened = model.load_pipeline(sd14)
+    assert model.digest_weights(opened) == model.digest_weights(model.load_pipeline(bases["sd14"]))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_is_never_run(sd14, tmp_path):
+    (sd14 / "unet" / "mine.py").write_text(f"import os; os.mkdir({str(tmp_path / 'ran')!r})")
+    index = json.loads((sd14 / "model_index.json").read_text())
+    (sd14 / "model_index.json").write_text(json.dumps(index | {"unet": ["mine", "UNet"]}))
+    with pytest.raises(model.ModelError, match=r"mine\.py could run code"):
+        model.load_pipeline(sd14)
+    (sd14 / "unet" / "mine.py").unlink()
+    with pytest.raises(model.ModelError, match="cannot be opened"):
+        model.load_pipeline(sd14)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
-    "name", ["unet/diffusion_pytorch_model.bin", "old.ckpt", "text_encoder/weights.PT", "unet/code.py"]
+    ("index", "message"),
+    [
+        ({"_class_name": "WorldModelPipeline"}, "is a WorldModelPipeline, which diffusers"),
+        ({"_class_name": ["mine", "Pipeline"]}, "which diffusers"),
+        ({"unet": ["os", "system"]}, "cannot be opened"),
+        ({"unet": ["diffusers", "NoSuchModel"]}, "cannot be opened"),
+        ({"vae": [None, None]}, "cannot be opened"),
+    ],
 )
-def test_pickles_and_code_are_refused(saved, name, tmp_path):
-    (saved / name).write_bytes(b"")
-    try:
-        with pytest.raises(model.ModelError, match="could run code") as caught:
-            model.load_pipeline(saved)
-    finally:
-        (saved / name).unlink()
+def test_an_index_that_makes_no_sense(sd14, index, message):
+    path = sd14 / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | index))
+    with pytest.raises(model.ModelError, match=message) as caught:
+        model.load_pipeline(sd14)
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_without_a_pipeline(tmp_path):
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model", "text_encoder/model"])
+def test_weights_that_are_missing_are_never_made_up(sd14, name):
+    path = sd14 / f"{name}.safetensors"
+    weights = load_file(path)
+    gone = sorted(weights)[0]
+    del weights[gone]
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(model.ModelError, match=f"lacks 1 weights of a .*, such as {gone}"):
+        model.load_pipeline(sd14)
+
+
+def test_places_without_a_pipeline(tmp_path, monkeypatch):
     with pytest.raises(model.ModelError, match=r"no model_index\.json"):
         model.load_pipeline(tmp_path)
-
-
-def test_damaged_weights_are_one_line(tmp_path):
-    write_autoencoder(tmp_path)
-    weights = tmp_path / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(model.ModelError, match="cannot be opened") as caught:
-        model.load_autoencoder(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_autoencoder_is_never_made_up(tmp_path):
-    with pytest.raises(model.ModelError, match="holds no autoencoder"):
-        model.build_tiny(0, autoencoder=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"resolution": 36}, "multiple of 8"), ({"channels": (30, 60)}, "multiples of 32")],
-)
-def test_sizes_that_do_not_fit(tmp_path, options, message):
-    with pytest.raises(model.ModelError, match=message):
-        build_small(tmp_path, **options)
-
-
-def test_the_noise_schedule_ends_without_signal_for_v_and_with_some_for_epsilon():
-    signal = {kind: model.build_scheduler(kind).alphas_cumprod for kind in ("v_prediction", "epsilon")}
-    assert signal["v_prediction"][-1] == 0
-    assert signal["epsilon"][-1] > 0
-    np.testing.assert_allclose(signal["v_prediction"][0], signal["epsilon"][0], rtol=1e-6)
-
-
-def test_half_precision_weights_are_opened_in_full(tmp_path):
-    half = model.load_autoencoder(write_autoencoder(tmp_path)).to(torch.float16)
-    half.save_pretrained(tmp_path)
-    opened = model.load_autoencoder(tmp_path)
-    assert opened.dtype == torch.float32
-    assert opened.config.scaling_factor == 1.5
+    with pytest.raises(model.ModelError, match=r"no folder \(is the run finished\?\), no name on the hub"):
+        model.load_pipeline(tmp_path / "nowhere")
+    with pytest.raises(model.ModelError, match="device = 'warp'"):
+        model.pick_device("warp")
+    with pytest.raises(model.ModelError, match="device = 'cuda:77'"):
+        model.pick_device("cuda:77")

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from test_defense_data import build_small
+from test_defense_model import build_ddpm, build_sd14, build_sdxl, save_base
 
-from defense.sampling import draw_noise, sample
+from defense.model import load_pipeline
+from defense.sampling import make_generators, sample
 
 PROMPTS = ["a red fox", "", "two hats"]
 SEEDS = [3, 1, 2**40]
@@ -44,15 +46,76 @@ def test_equals_diffusers_given_the_same_noise(saved, plain, guidance_scale, ste
     options = {
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
-        "latents": draw_noise(SEEDS, SHAPE),
+        "generator": make_generators(SEEDS),
     }
     latents = plain(PROMPTS, output_type="latent", **options).images
     torch.testing.assert_close(last[-1], latents, atol=1e-4, rtol=0)
+    options["generator"] = make_generators(SEEDS)
     theirs = plain(PROMPTS, output_type="np", **options).images  # (N, H, W, 3) in [0, 1]
     assert ours.dtype == np.uint8
     assert ours.shape == theirs.shape == (3, 32, 32, 3)
     np.testing.assert_allclose(ours / 255, theirs, atol=0.5 / 255 + 1e-4)
     assert ours.std() > 5
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (build_sd14, {"guidance_scale": 3.0}),
+        (build_sd14, {"guidance_scale": 1.0}),
+        (build_sdxl, {"guidance_scale": 3.0}),
+        (build_sdxl, {"guidance_scale": 1.0}),
+    ],
+)
+@pytest.mark.parametrize("scheduler", [None, EulerAncestralDiscreteScheduler])
+def test_equals_stable_diffusion_given_the_same_seeds(build, options, scheduler):
+    pipeline = build()
+    pipeline.set_progress_bar_config(disable=True)
+    if scheduler is not None:  # draws new noise at every step
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    last = []
+    ours = sample(
+        pipeline, PROMPTS, SEEDS, steps=5, batch_size=3, on_step=lambda seen: last.append(seen.latents), **options
+    )
+    generators = make_generators(SEEDS)
+    theirs = pipeline(PROMPTS, num_inference_steps=5, generator=generators, output_type="latent", **options).images
+    torch.testing.assert_close(last[-1], theirs, atol=1e-4, rtol=1e-4)
+    assert ours.shape == (3, 16, 16, 3)
+
+
+def test_equals_ddpm_given_the_same_seeds():
+    pipeline = build_ddpm()
+    pipeline.set_progress_bar_config(disable=True)
+    ours = sample(pipeline, PROMPTS, SEEDS, steps=5, batch_size=3, guidance_scale=1.0)
+    theirs = pipeline(3, make_generators(SEEDS), num_inference_steps=5, output_type="np").images
+    np.testing.assert_allclose(ours / 255, theirs, atol=0.5 / 255 + 1e-4)
+    again = sample(pipeline, ["other", "prompts", "altogether"], SEEDS, steps=5, batch_size=2, guidance_scale=1.0)
+    assert np.abs(again.astype(int) - ours).max() <= 1
+    with pytest.raises(ValueError, match="takes no prompts, so guidance_scale can only be 1"):
+        sample(pipeline, PROMPTS, SEEDS, steps=5, batch_size=3, guidance_scale=2.0)
+
+
+def test_a_flow_matching_transformer_is_a_black_box(tmp_path):
+    save_base("sd3", tmp_path)
+    pipeline = load_pipeline(tmp_path / "sd3")
+    seen, options = [], {"steps": 3, "guidance_scale": 3.0}
+    ours = sample(pipeline, PROMPTS, SEEDS, batch_size=2, on_step=seen.append, **options)
+    assert [(s.first, s.step, s.latents.shape) for s in seen] == [(0, 2, (2, 3, 16, 16)), (2, 2, (1, 3, 16, 16))]
+    assert seen[0].conditional is seen[0].unconditional is None
+    alone = sample(pipeline, PROMPTS[2:], SEEDS[2:], batch_size=1, **options)
+    assert np.abs(ours[2:].astype(int) - alone).max() <= 1
+    assert np.abs(ours[0].astype(int) - ours[1]).max() > 10
+    with torch.no_grad():
+        pipeline.transformer.proj_out.bias.fill_(float("nan"))
+    assert not sample(pipeline, ["a"], [0], batch_size=1, on_step=seen.append, **options).any()
+    assert not seen[-1].latents.isfinite().any()
+
+
+def test_what_draws_from_no_prompt_alone_is_refused():
+    parts = build_sd14().components
+    inpainting = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    with pytest.raises(ValueError, match="StableDiffusionInpaintPipeline does not draw from a prompt alone"):
+        sample(inpainting, ["a"], [1], steps=1, guidance_scale=1.0, batch_size=1)
 
 
 def test_an_image_does_not_depend_on_its_batch(plain):

@@ -452,7 +452,8 @@ def test_from_pictures_to_the_verdict_with_real_models(outs, tmp_path):
     """Two models that have hardly been trained: nothing is extracted, and every file is there."""
     from test_defense_data import write_autoencoder
 
-    from defense.train import TrainConfig, train
+    from defense.config import TrainConfig
+    from defense.train import train
     from eval.generate import generate
 
     small = {"channels": (32, 32), "text_width": 32, "text_layers": 1, "caption_tokens": 8}

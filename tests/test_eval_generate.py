@@ -12,12 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from test_defense_data import build_small
+from test_defense_model import save_base
 from test_eval_targets import make_planted, make_run
 
+from dedup import manifest
 from defense import sampling
-from defense.model import load_pipeline
+from defense.config import TrainConfig
+from defense.model import load_pipeline, save_changed
+from defense.train import build_pipeline
 from eval import generate as generate_
-from eval.generate import GENERATIONS, GenerateError, derive_seed, generate
+from eval.generate import GENERATIONS, GenerateError, derive_seed, generate, read_config
 from eval.targets import load_targets
 
 SMALL = {"n": 3, "steps": 2, "guidance_scale": 2.0}
@@ -199,3 +203,24 @@ def test_what_cannot_be_sampled_is_refused(out, run, tmp_path):
 def test_names_of_files_hold_no_untrusted_text(target_id, prompt):
     assert re.fullmatch("[0-9a-f]{16}", generate_._name(target_id, prompt))
     assert generate_._name(target_id, prompt) != generate_._name(target_id + prompt, "x")
+
+
+def test_a_lora_run_and_a_model_without_captions_can_be_sampled(out, tmp_path):
+    runs = {
+        "lora": new_run(tmp_path / "lora", out, save_base("sd14", tmp_path)),
+        "ddpm": make_run(tmp_path, out, "raw"),
+    }
+    shutil.rmtree(runs["lora"] / "model")
+    pipeline, base = build_pipeline(TrainConfig(base=str(tmp_path / "sd14"), resolution=16, lora_rank=2), 0)
+    save_changed(pipeline, runs["lora"] / "model", base)
+    table = generate(runs["lora"], n=2, steps=1, guidance_scale=2.0)
+    assert set(table["status"]) == {"ok"}
+    assert Image.open(runs["lora"] / table["file"][0]).size == (16, 16)
+    save_base("ddpm", tmp_path).rename(runs["ddpm"] / "model")
+    config = read_config(runs["ddpm"])
+    manifest.write_json(runs["ddpm"] / "config.json", config | {"pipeline": "DDPMPipeline"})
+    unprompted = generate(runs["ddpm"], n=2, steps=1)
+    assert set(unprompted["prompt"]) == {""}
+    assert unprompted["prompt_id"].equals(table["prompt_id"])
+    with pytest.raises(ValueError, match="takes no prompts"):
+        generate(runs["ddpm"], n=2, steps=1, guidance_scale=2.0)

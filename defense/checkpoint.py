@@ -1,0 +1,56 @@
+"""The state of a run on disk, so that it can go on where it was killed: weights, averages, moments, log.
+
+In: the weights that are trained, by name, and their AdamW. Knows nothing of what is trained or how.
+"""
+
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dedup import manifest
+
+CHECKPOINT = "checkpoint.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
+
+Weights = dict[str, nn.Parameter]  # those that are trained
+Average = dict[str, Tensor]  # their moving averages, under the same names
+
+
+def save_checkpoint(
+    path: Path, step: int, weights: Weights, average: Average, optimizer: torch.optim.Optimizer
+) -> None:
+    """Everything that the next step depends on, in one file: on disk is either the old state or the new."""
+    tensors: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        kept = {"unet": weight.detach(), "average": average[name]}
+        kept |= {moment: optimizer.state[weight][moment] for moment in MOMENTS}
+        tensors |= {f"{part}/{name}": tensor.contiguous() for part, tensor in kept.items()}
+    manifest.write_atomic(path, lambda temporary: save_file(tensors, temporary, {"step": str(step)}))
+
+
+@torch.no_grad()
+def load_checkpoint(path: Path, weights: Weights, average: Average, optimizer: torch.optim.Optimizer) -> int:
+    """Put the saved state into place and return the number of steps done; 0 without a checkpoint."""
+    if not path.exists():
+        return 0
+    with safe_open(path, framework="pt") as saved:
+        step = int(saved.metadata()["step"])
+        for name, weight in weights.items():
+            weight.copy_(saved.get_tensor(f"unet/{name}"))
+            average[name].copy_(saved.get_tensor(f"average/{name}"))
+            # In the weight's own memory format: the fused optimizer walks through both side by side.
+            moments = {m: torch.empty_like(weight).copy_(saved.get_tensor(f"{m}/{name}")) for m in MOMENTS}
+            count = torch.tensor(float(step), device=weight.device)
+            optimizer.state[weight] = {"step": count, **moments}
+    return step
+
+
+def open_log(path: Path, start: int) -> TextIO:
+    """train.jsonl, one line a step, cut back to the steps that the checkpoint knows."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    manifest.write_text(path, "".join(lines[:start]))
+    return path.open("a", encoding="utf-8")

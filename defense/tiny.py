@@ -1,0 +1,133 @@
+"""The `tiny` model: a small text-to-image model of the Stable Diffusion class, made of diffusers' own parts.
+
+`build_tiny` makes one from a seed: a plain StableDiffusionPipeline that diffusers opens without this package.
+Knows nothing of data or training.
+"""
+
+import gzip
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from defense.model import ModelError, open_network
+
+AUTOENCODER = Path(__file__).parent / "weights" / "autoencoder"
+MERGES = 49_152 - 256 - 2  # of the vocabulary file; CLIP uses no more (openai/CLIP, simple_tokenizer.py)
+HEADS = 4  # attention heads; diffusers passes their number as `attention_head_dim`
+GROUPS = 16  # of the group norms
+
+
+def build_tiny(
+    seed: int,
+    *,
+    resolution: int = 32,
+    autoencoder: Path = AUTOENCODER,
+    channels: Sequence[int] = (64, 128),
+    layers_per_block: int = 1,
+    text_width: int = 64,
+    text_layers: int = 2,
+    caption_tokens: int = 32,
+    prediction_type: str = "v_prediction",
+) -> StableDiffusionPipeline:
+    """An untrained pipeline, float32, on the CPU; U-Net and frozen text encoder depend on the seed alone.
+
+    A random text encoder is enough: it tells captions apart, and there is little to understand across a few
+    hundred of them. The global random state is left as it was. Raises ModelError.
+    """
+    vae = load_autoencoder(autoencoder)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if resolution % (factor * 2 ** (len(channels) - 1)):
+        raise ModelError(f"resolution {resolution} is no multiple of {factor * 2 ** (len(channels) - 1)}")
+    if any(width % (GROUPS * 2) for width in channels) or text_width % GROUPS:
+        raise ModelError(f"channels must be multiples of {GROUPS * 2} and text_width of {GROUPS}")
+    tokenizer = build_tokenizer(caption_tokens)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=resolution // factor,
+            in_channels=vae.config.latent_channels,
+            out_channels=vae.config.latent_channels,
+            block_out_channels=tuple(channels),
+            # Attention costs most where the picture is largest and is missed there least.
+            down_block_types=("DownBlock2D", *["CrossAttnDownBlock2D"] * (len(channels) - 1)),
+            up_block_types=(*["CrossAttnUpBlock2D"] * (len(channels) - 1), "UpBlock2D"),
+            layers_per_block=layers_per_block,
+            cross_attention_dim=text_width,
+            attention_head_dim=HEADS,
+            norm_num_groups=GROUPS,
+            resnet_time_scale_shift="scale_shift",
+            addition_embed_type="text",  # the pooled caption joins the time embedding: it reaches every block
+            addition_embed_type_num_heads=HEADS,
+        )
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=text_width,
+                intermediate_size=2 * text_width,
+                projection_dim=text_width,
+                num_hidden_layers=text_layers,
+                num_attention_heads=HEADS,
+                max_position_embeddings=caption_tokens,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    return StableDiffusionPipeline(
+        vae=vae.eval().requires_grad_(False),
+        text_encoder=text_encoder.eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=build_scheduler(prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def build_scheduler(prediction_type: str) -> DDIMScheduler:
+    """Stable Diffusion's noise schedule, sampled as Lin et al. 2024 (arXiv 2305.08891) advise.
+
+    Their zero terminal SNR needs v-prediction: at the last timestep there is no signal left to divide by.
+    """
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        steps_offset=1,  # what StableDiffusionPipeline insists on; "trailing" does not use it
+        prediction_type=prediction_type,
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=prediction_type == "v_prediction",
+    )
+
+
+def build_tokenizer(length: int) -> CLIPTokenizer:
+    """CLIP's tokenizer (Radford et al. 2021; 49,408 byte-pair tokens), cut to `length` tokens a caption.
+
+    The vocabulary file comes with the package open-clip-torch. It is only read: that package is never
+    imported.
+    """
+    package = importlib.util.find_spec("open_clip")
+    if package is None or not package.submodule_search_locations:
+        raise ModuleNotFoundError("CLIP's vocabulary comes with open-clip-torch", name="open-clip-torch")
+    path = Path(package.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
+    merges: list[Any] = [tuple(line.split()) for line in lines[1 : MERGES + 1]]
+    alphabet = list(bytes_to_unicode().values())
+    words = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
+    vocabulary = {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
+
+
+def load_autoencoder(folder: Path) -> AutoencoderKL:
+    """An AutoencoderKL in float32. Raises ModelError when the weights are missing or pickled."""
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder} holds no autoencoder (no config.json): set `autoencoder` to the folder of one")
+    return open_network(AutoencoderKL, folder, folder)
