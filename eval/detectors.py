@@ -10,7 +10,7 @@ model. Knows nothing of generated images.
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +45,8 @@ DETECTIONS: dict[str, pl.DataType | type[pl.DataType]] = {
     "digest": pl.String,  # of model and settings
 }
 
-# Noise (P, n, C, h, w) and prompt embeddings (P, L, W) → score (P,)
-Detector = Callable[["Denoiser", "Tensor", "Tensor"], "Tensor"]
+# Predictions for P prompts with n noises each → score (P,)
+Detector = Callable[["Predictions"], "Tensor"]
 
 
 class DetectError(ValueError):
@@ -60,7 +60,6 @@ class Denoiser:
     unet: Any
     alphas: "Tensor"  # (T,) ᾱ: share of signal in the variance
     prediction_type: str
-    empty: "Tensor"  # (1, L, W) embedding of the empty prompt
 
     @property
     def noisiest(self) -> int:
@@ -83,61 +82,81 @@ class Denoiser:
             out = (x - alpha.sqrt() * out) / (1 - alpha).sqrt()
         return out.reshape(*shape[:2], -1)
 
-    def predict_both(self, noise: "Tensor", timestep: int, context: "Tensor") -> tuple["Tensor", "Tensor"]:
-        """With the prompts and with the empty one."""
-        return self.predict(noise, timestep, context), self.predict(noise, timestep, self.empty)
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What the model says to pure noise with some prompts and without: each asked once, for all detectors."""
+
+    denoiser: Denoiser
+    noise: "Tensor"  # (P, n, C, h, w)
+    context: "Tensor"  # (P, L, W)
+    empty: "Tensor"  # (1, L, W)
+    known: dict[tuple[bool, int], "Tensor"] = field(default_factory=dict)
+
+    def with_prompt(self, timestep: int) -> "Tensor":
+        return self._ask(True, timestep)
+
+    def without(self, timestep: int) -> "Tensor":
+        return self._ask(False, timestep)
+
+    def _ask(self, prompted: bool, timestep: int) -> "Tensor":
+        """(P, n, D)"""
+        if (prompted, timestep) not in self.known:
+            context = self.context if prompted else self.empty
+            self.known[prompted, timestep] = self.denoiser.predict(self.noise, timestep, context)
+        return self.known[prompted, timestep]
 
 
-def measure_magnitude(denoiser: Denoiser, noise: "Tensor", context: "Tensor") -> "Tensor":
+def measure_magnitude(asked: Predictions) -> "Tensor":
     """ℓ2 norm of what the text adds to the predicted noise, at the first step (Wen et al. 2024, sec. 3).
 
     Averaged over the noises. 2 evaluations a noise.
     """
-    conditional, unconditional = denoiser.predict_both(noise, denoiser.noisiest, context)
-    return (conditional - unconditional).norm(dim=-1).mean(dim=-1)
+    first = asked.denoiser.noisiest
+    return (asked.with_prompt(first) - asked.without(first)).norm(dim=-1).mean(dim=-1)
 
 
-def measure_one_step(denoiser: Denoiser, noise: "Tensor", context: "Tensor") -> "Tensor":
+def measure_one_step(asked: Predictions) -> "Tensor":
     """Mean squared step from pure noise to the image in one guided step (Webster 2023, white-box score).
 
     One Heun step to σ = 0 is one Euler step, which moves by σ times the predicted noise. 2 evaluations a noise.
     """
-    conditional, unconditional = denoiser.predict_both(noise, denoiser.noisiest, context)
-    guided = unconditional + GUIDANCE * (conditional - unconditional)
-    alpha = denoiser.alphas[denoiser.noisiest]
+    first = asked.denoiser.noisiest
+    guided = asked.without(first) + GUIDANCE * (asked.with_prompt(first) - asked.without(first))
+    alpha = asked.denoiser.alphas[first]
     return (guided.square().mean(dim=-1) * (1 - alpha) / alpha).mean(dim=-1)
 
 
-def measure_anisotropy(denoiser: Denoiser, noise: "Tensor", context: "Tensor") -> "Tensor":
+def measure_anisotropy(asked: Predictions) -> "Tensor":
     """Magnitude at the first step, and how far the text pulls along the unconditional prediction (Asthana & Belagiannis
     2026): cosine of both for the same pure noise at a timestep of little noise.
 
     The magnitude is scaled to latents of Stable Diffusion's size, or the weights would mean something else for every
     model; that is ours. 4 evaluations a noise.
     """
-    magnitude = measure_magnitude(denoiser, noise, context) * (LATENT / noise[0, 0].numel()) ** 0.5
-    timestep = round(LOW_NOISE * len(denoiser.alphas))
-    conditional, unconditional = denoiser.predict_both(noise, timestep, context)
     import torch
 
-    cosine = torch.cosine_similarity(unconditional, conditional - unconditional, dim=-1).mean(dim=-1)
+    magnitude = measure_magnitude(asked) * (LATENT / asked.noise[0, 0].numel()) ** 0.5
+    low = round(LOW_NOISE * len(asked.denoiser.alphas))
+    pull = asked.with_prompt(low) - asked.without(low)
+    cosine = torch.cosine_similarity(asked.without(low), pull, dim=-1).mean(dim=-1)
     return ANISOTROPY[0] * magnitude + ANISOTROPY[1] * cosine
 
 
-def measure_agreement(denoiser: Denoiser, noise: "Tensor", context: "Tensor") -> "Tensor":
+def measure_agreement(asked: Predictions) -> "Tensor":
     """Do different noises lead to the same picture? Mean cosine, over pairs of noises, of predicted minus real noise.
 
     After Hintersdorf et al. 2024 (NeMo, sec. 3), who take the largest MS-SSIM of the pairs; its windows do not fit
     into small latents. 1 evaluation a noise, of which there must be two.
     """
-    if noise.shape[1] < 2:
-        raise DetectError("agreement compares noises with each other: -n 2 or more")
     import torch
 
-    moves = denoiser.predict(noise, denoiser.noisiest, context) - noise.flatten(2)
-    cosines = torch.nn.functional.normalize(moves, dim=-1) @ torch.nn.functional.normalize(moves, dim=-1).mT
-    n = noise.shape[1]
-    return (cosines.sum(dim=(1, 2)) - n) / (n * (n - 1))
+    n = asked.noise.shape[1]
+    if n < 2:
+        raise DetectError("agreement compares noises with each other: -n 2 or more")
+    moves = asked.with_prompt(asked.denoiser.noisiest) - asked.noise.flatten(2)
+    directions = torch.nn.functional.normalize(moves, dim=-1)
+    return ((directions @ directions.mT).sum(dim=(1, 2)) - n) / (n * (n - 1))
 
 
 DETECTORS: dict[str, Detector] = {
@@ -171,7 +190,7 @@ def detect(
     pipeline = load_pipeline(run / "model")
     digest = digest_model(run / "model", {"detect": n, "batch": BATCH})
     seeds = [[derive_seed(target, j) for j in range(n)] for target in prompts["prompt_id"]]
-    scores = {name: score_prompts(pipeline, prompts["prompt"].to_list(), seeds, name) for name in names}
+    scores = score_prompts(pipeline, prompts["prompt"].to_list(), seeds, names)
     blind = count_tokens(pipeline, prompts["prompt"].to_list())
     for name, values in scores.items():
         columns = {"detector": pl.lit(name), "n": pl.lit(n), "digest": pl.lit(digest)}
@@ -184,8 +203,10 @@ def detect(
     return summary
 
 
-def score_prompts(pipeline: Any, prompts: Sequence[str], seeds: Sequence[Sequence[int]], name: str) -> np.ndarray:
-    """float64 (P,): one score a prompt, from the noises of its seeds; NaN where the model gave no finite numbers.
+def score_prompts(
+    pipeline: Any, prompts: Sequence[str], seeds: Sequence[Sequence[int]], names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """float64 (P,) by detector: one score a prompt, from the noises of its seeds; NaN without finite numbers.
 
     The global random state is left as it was, and memory is bounded by the batch. Raises DetectError.
     """
@@ -195,22 +216,22 @@ def score_prompts(pipeline: Any, prompts: Sequence[str], seeds: Sequence[Sequenc
     from defense.sampling import draw_noise
 
     check_pipeline(pipeline)
-    unet = pipeline.unet
+    unet, scheduler = pipeline.unet, pipeline.scheduler
     side = unet.config.sample_size
     shape = (unet.config.in_channels, *((side, side) if isinstance(side, int) else side))
-    scores = np.empty(len(prompts))
+    scores = {name: np.empty(len(prompts)) for name in names}
     size = max(1, BATCH // len(seeds[0])) if len(prompts) else 1
+    denoiser = Denoiser(unet, scheduler.alphas_cumprod.to(unet.device), scheduler.config.prediction_type)
     with torch.inference_mode():
         empty = embed_captions([""], pipeline.tokenizer, pipeline.text_encoder)
-        scheduler = pipeline.scheduler
-        alphas = scheduler.alphas_cumprod.to(unet.device)
-        denoiser = Denoiser(unet, alphas, scheduler.config.prediction_type, empty)
-        for first in tqdm(range(0, len(prompts), size), f"detect {name}", file=sys.stderr, disable=None):
+        for first in tqdm(range(0, len(prompts), size), "detect", file=sys.stderr, disable=None):
             chunk = slice(first, first + size)
-            noise = torch.stack([draw_noise(mine, shape) for mine in seeds[chunk]]).to(unet.device)  # (P, n, C, h, w)
-            context = embed_captions(prompts[chunk], pipeline.tokenizer, pipeline.text_encoder)  # (P, L, W)
-            scores[chunk] = DETECTORS[name](denoiser, noise, context).cpu().numpy()
-    return np.where(np.isfinite(scores), scores, np.nan)
+            noise = torch.stack([draw_noise(mine, shape) for mine in seeds[chunk]]).to(unet.device)
+            context = embed_captions(prompts[chunk], pipeline.tokenizer, pipeline.text_encoder)
+            asked = Predictions(denoiser, noise, context, empty)
+            for name in names:
+                scores[name][chunk] = DETECTORS[name](asked).cpu().numpy()
+    return {name: np.where(np.isfinite(values), values, np.nan) for name, values in scores.items()}
 
 
 def check_pipeline(pipeline: Any) -> None:
@@ -242,32 +263,44 @@ def count_tokens(pipeline: Any, prompts: Sequence[str]) -> np.ndarray:
 def summarise(prompts: pl.DataFrame, scores: dict[str, np.ndarray], at_least: int) -> dict[str, Any]:
     """How well scores tell the captions of images that stand `at_least` times from the others, as JSON values.
 
-    The blind baseline counts in the direction that suits it. A detector beats it when the interval of its AUC lies
-    above one half, and that of the difference above 0.
+    In a planted dataset the AUC is that among canaries, to which multiplicities were dealt at random; other pictures
+    differ from them in kind, and a model in which nothing is repeated would be accused or praised for that. The blind
+    baseline counts in the direction that suits it. A detector beats it when the interval of its AUC lies above one
+    half, and that of the difference above 0.
     """
     positive = (prompts["multiplicity"] >= at_least).to_numpy()
-    counts = {"positives": int(positive.sum()), "negatives": int((~positive).sum())}
+    canary = (prompts["kind"] == "canary").to_numpy()
+    among = canary if positive[canary].any() and not positive[canary].all() else np.ones(len(prompts), bool)
     unseen = None if prompts["exposures"].has_nulls() else int((prompts["exposures"] == 0).sum())
-    summary: dict[str, Any] = {"at_least": at_least, **counts, "unseen": unseen, "detectors": {}}
-    if not counts["positives"] or not counts["negatives"]:
+    summary: dict[str, Any] = {
+        "at_least": at_least,
+        "positives": int(positive.sum()),
+        "negatives": int((~positive).sum()),
+        "unseen": unseen,
+        "among": "canaries" if among is canary else "all",
+        "detectors": {},
+    }
+    if positive.all() or not positive.any():
         return summary | {"reason": "captions of both kinds are needed: images that stand often, and others"}
     blind = scores[BLIND]
-    blind = -blind if metrics.auc(blind, positive).estimate < 0.5 else blind
+    blind = -blind if metrics.auc(blind[among], positive[among]).estimate < 0.5 else blind
     for name, values in (scores | {BLIND: blind}).items():
         finite = np.isfinite(values)
-        if not (positive & finite).any() or not (~positive & finite).any():
-            summary["detectors"][name] = {"nan": int((~finite).sum()), "reason": "no finite scores of one kind"}
+        summary["detectors"][name] = {"nan": int((~finite).sum())}
+        few = among & finite
+        if positive[few].all() or not positive[few].any():
+            summary["detectors"][name]["reason"] = "no finite scores of one kind"
             continue
-        mine, labels = values[finite], positive[finite]
-        area = metrics.auc(mine, labels)
-        gain = metrics.auc_difference(mine, blind[finite], labels)
-        summary["detectors"][name] = {
+        area = metrics.auc(values[few], positive[few])
+        gain = metrics.auc_difference(values[few], blind[few], positive[few])
+        all_of_them = (values[finite], positive[finite])
+        summary["detectors"][name] |= {
             "auc": asdict(area),
             "over_blind": asdict(gain),
             "beats_blind": area.low > 0.5 and gain.low > 0,
-            "tpr_at_fpr": {f"{fpr:g}": asdict(metrics.tpr_at_fpr(mine, labels, fpr)) for fpr in FPRS},
-            "precision": asdict(metrics.precision_at(mine, labels, metrics.CARLINI_BASE_RATE)),
-            "nan": int((~finite).sum()),
+            "auc_all": asdict(metrics.auc(*all_of_them)),
+            "tpr_at_fpr": {f"{fpr:g}": asdict(metrics.tpr_at_fpr(*all_of_them, fpr)) for fpr in FPRS},
+            "precision": asdict(metrics.precision_at(*all_of_them, metrics.CARLINI_BASE_RATE)),
         }
     return summary
 
@@ -279,7 +312,8 @@ def describe(summary: dict[str, Any], run: Path) -> str:
     lines = [f"{who}, {summary['negatives']} others{unseen}"]
     if "reason" in summary:
         return "\n".join([*lines, summary["reason"], f"scores: {run}/scores-*.parquet"])
-    lines.append(f"{'':<16} {'AUC':<20} {'at 5 % false':<13} precision at 94 of 350,000")
+    where = f"AUC ({summary['among']})"
+    lines.append(f"{'':<16} {where:<21} {'at 5 % false':<13} precision at 94 of 350,000")
     for name, found in summary["detectors"].items():
         if "reason" in found:
             lines.append(f"{name:<16} {found['reason']}")
@@ -288,7 +322,7 @@ def describe(summary: dict[str, Any], run: Path) -> str:
         share = "-" if tpr["reason"] else f"{tpr['tpr']['estimate']:.0%}"
         sure = "" if found["beats_blind"] or name == BLIND else ", no better than blind"
         interval = f"{area['estimate']:.3f} ({area['low']:.3f} … {area['high']:.3f})"
-        lines.append(f"{name:<16} {interval:<20}  {share:<12} {precision['low']:.2g} or more{sure}")
+        lines.append(f"{name:<16} {interval:<21} {share:<13} {precision['low']:.2g} or more{sure}")
     return "\n".join([*lines, f"details: {run}/detectors.json, scores: {run}/scores-*.parquet"])
 
 

@@ -34,6 +34,10 @@ def small(tmp_path_factory):
     return build_small(tmp_path_factory.mktemp("small"))
 
 
+def score(pipeline, prompts, seeds, name) -> np.ndarray:
+    return score_prompts(pipeline, prompts, seeds, [name])[name]
+
+
 def memorising(prediction_type: str = "v_prediction") -> SimpleNamespace:
     """A model that is 30 pictures and knows 12 of their captions; the other 12 captions mean nothing to it."""
     pixels = np.stack([paint(number, 16) for number in range(30)])
@@ -54,7 +58,7 @@ def test_predictions_become_noise_as_diffusers_does_it(prediction_type):
         alpha = scheduler.alphas_cumprod[timestep]
         expected = (x - alpha.sqrt() * clean) / (1 - alpha).sqrt()
         unet = lambda *a, **k: (out,)  # noqa: E731
-        denoiser = Denoiser(unet, scheduler.alphas_cumprod, prediction_type, torch.zeros(1, 3, 2))
+        denoiser = Denoiser(unet, scheduler.alphas_cumprod, prediction_type)
         noise = denoiser.predict(x[None], timestep, torch.zeros(1, 3, 2))
         torch.testing.assert_close(noise, expected.flatten(1)[None], rtol=1e-3, atol=1e-3)
 
@@ -62,7 +66,7 @@ def test_predictions_become_noise_as_diffusers_does_it(prediction_type):
 def test_what_a_model_predicts_does_not_change_its_scores():
     """One and the same denoiser, asked for noise, for v and for the image."""
     for name in DETECTORS:
-        kinds = [score_prompts(memorising(kind), CAPTIONS[10:14], SEEDS[10:14], name) for kind in detectors.PREDICTIONS]
+        kinds = [score(memorising(kind), CAPTIONS[10:14], SEEDS[10:14], name) for kind in detectors.PREDICTIONS]
         if name == "noise-magnitude":  # schedules differ: without v there is no zero terminal SNR
             assert np.corrcoef(kinds[0], kinds[1])[0, 1] > 0.99
         np.testing.assert_allclose(kinds[0], kinds[2], rtol=1e-3)
@@ -70,11 +74,11 @@ def test_what_a_model_predicts_does_not_change_its_scores():
 
 def test_the_first_step_is_that_of_stable_diffusion():
     sd = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
-    assert Denoiser(None, sd, "epsilon", None).noisiest == 999
+    assert Denoiser(None, sd, "epsilon").noisiest == 999
     zero = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True
     ).alphas_cumprod
-    step = Denoiser(None, zero, "v_prediction", None).noisiest
+    step = Denoiser(None, zero, "v_prediction").noisiest
     assert zero[step] >= detectors.NOISIEST > zero[step + 1]
     assert 800 < step < 999
 
@@ -96,8 +100,8 @@ def test_magnitude_and_one_step_equal_their_formulas(small):
             z0 = noise * (1 + sigma**2).sqrt()  # in the scale where noise has variance σ², one Euler step to 0
             z1 = z0 - sigma * (u + 7.5 * (c - u))
             steps.append((z0 - z1).square().mean().item())
-    assert score_prompts(small, [prompt], [seeds], "noise-magnitude") == pytest.approx([np.mean(norms)], rel=1e-4)
-    assert score_prompts(small, [prompt], [seeds], "one-step") == pytest.approx([np.mean(steps)], rel=1e-4)
+    assert score(small, [prompt], [seeds], "noise-magnitude") == pytest.approx([np.mean(norms)], rel=1e-4)
+    assert score(small, [prompt], [seeds], "one-step") == pytest.approx([np.mean(steps)], rel=1e-4)
 
 
 # Controls
@@ -106,13 +110,13 @@ def test_magnitude_and_one_step_equal_their_formulas(small):
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_model_that_memorises_is_found(name):
     """Half of the captions each lead to one picture, the others to the mean of all."""
-    scores = score_prompts(memorising(), CAPTIONS, SEEDS, name)
+    scores = score(memorising(), CAPTIONS, SEEDS, name)
     assert auc(scores, np.arange(24) < 12).estimate > 0.95
 
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_an_untrained_model_has_memorised_nothing(small, name):
-    scores = score_prompts(small, CAPTIONS, SEEDS, name)
+    scores = score(small, CAPTIONS, SEEDS, name)
     rng = np.random.default_rng(0)
     areas = [auc(scores, rng.permutation(24) < 12) for _ in range(40)]
     assert np.mean([area.low <= 0.5 <= area.high for area in areas]) >= 0.85
@@ -121,16 +125,18 @@ def test_an_untrained_model_has_memorised_nothing(small, name):
 def test_scores_depend_on_prompt_and_seeds_alone(small, monkeypatch):
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
-    for name in DETECTORS:
-        whole = score_prompts(small, CAPTIONS[:6], SEEDS[:6], name)
-        assert np.array_equal(whole, score_prompts(small, CAPTIONS[:6], SEEDS[:6], name))
-        turned = score_prompts(small, CAPTIONS[5::-1], SEEDS[5::-1], name)
-        np.testing.assert_allclose(turned[::-1], whole, rtol=1e-4)
-        monkeypatch.setattr(detectors, "BATCH", 4)
-        np.testing.assert_allclose(score_prompts(small, CAPTIONS[:6], SEEDS[:6], name), whole, rtol=1e-4)
-        monkeypatch.undo()
+    names = list(DETECTORS)
+    whole = score_prompts(small, CAPTIONS[:6], SEEDS[:6], names)
+    again = score_prompts(small, CAPTIONS[:6], SEEDS[:6], names)
+    turned = score_prompts(small, CAPTIONS[5::-1], SEEDS[5::-1], names)
+    monkeypatch.setattr(detectors, "BATCH", 8)
+    pieces = score_prompts(small, CAPTIONS[:6], SEEDS[:6], names)
+    for name in names:
+        assert np.array_equal(again[name], whole[name])
+        np.testing.assert_allclose(turned[name][::-1], whole[name], rtol=1e-4)
+        np.testing.assert_allclose(pieces[name], whole[name], rtol=1e-4)
     assert torch.equal(state, torch.random.get_rng_state())
-    assert len(score_prompts(small, [], [], "agreement")) == 0
+    assert len(score(small, [], [], "agreement")) == 0
 
 
 # Prompts and labels
@@ -207,10 +213,14 @@ def test_files_and_summary(out, run, monkeypatch):
     table = pl.read_parquet(run / "scores-noise-magnitude.parquet")
     assert dict(table.schema) == DETECTIONS
     positive = (table["multiplicity"] >= 1).to_numpy()
+    canary = (table["kind"] == "canary").to_numpy()
     assert summary["positives"] == positive.sum()
+    assert summary["among"] == "canaries"
     assert summary["unseen"] == (table["exposures"] == 0).sum() > 0
     found = summary["detectors"]["noise-magnitude"]
-    assert found["auc"]["estimate"] == pytest.approx(auc(table["score"].to_numpy(), positive).estimate, rel=1e-5)
+    area = lambda some: auc(table["score"].to_numpy()[some], positive[some]).estimate  # noqa: E731
+    assert found["auc"]["estimate"] == pytest.approx(area(canary), rel=1e-5)
+    assert found["auc_all"]["estimate"] == pytest.approx(area(canary | True), rel=1e-5)
     assert found["tpr_at_fpr"]["0.01"]["tpr"]["estimate"] is None
     assert "needs 1,000" in found["tpr_at_fpr"]["0.01"]["reason"]
     before = (run / "scores-noise-magnitude.parquet").read_bytes()
@@ -228,8 +238,8 @@ def test_the_command_prints_a_table_that_fits_a_terminal(run):
 
 
 def test_models_that_give_no_numbers_are_counted(run, monkeypatch):
-    scores = iter([np.full(100, math.nan)])
-    monkeypatch.setattr(detectors, "score_prompts", lambda pipeline, prompts, *a: next(scores)[: len(prompts)])
+    nothing = lambda pipeline, prompts, *_: {"one-step": np.full(len(prompts), math.nan)}  # noqa: E731
+    monkeypatch.setattr(detectors, "score_prompts", nothing)
     summary = detect(run, ["one-step"], n=1)
     assert summary["detectors"]["one-step"]["nan"] == summary["positives"] + summary["negatives"]
     assert (
@@ -273,5 +283,5 @@ def test_other_pipelines_are_refused_in_one_line(small):
         ({"scheduler": flow}, "predicts 'flow_prediction'"),
     ]:
         with pytest.raises(DetectError, match=message) as caught:
-            score_prompts(SimpleNamespace(**{**parts, **change}), ["a"], [[1]], "one-step")
+            score_prompts(SimpleNamespace(**{**parts, **change}), ["a"], [[1]], ["one-step"])
         assert "\n" not in str(caught.value)
