@@ -76,7 +76,7 @@ def detect(
 @app.command()
 def attack(
     run: RunArgument,
-    attack: Annotated[str, typer.Option(metavar="clique", help="Which attack.")] = "clique",
+    attack: Annotated[str, typer.Option(metavar="NAME", help="clique, adaptive or template.")] = "clique",
     json_: JsonOption = False,
 ) -> None:
     """Score the generated images: which training images came back."""
