@@ -14,6 +14,7 @@ import polars as pl
 
 from dedup import manifest
 from eval.distances import flip, flip_min, l2, max_tile_l2, scale
+from eval.metrics import adaptive_ratio
 from eval.targets import Yardstick
 
 ENCODER = "pixels"
@@ -21,6 +22,8 @@ DELTA = 0.15  # Carlini et al. 2023, sec. 4.2; also the largest δ of a target
 LITERATURE = (0.15, 0.10, 0.05)  # their range for near pixel-perfect copies
 EDGE_QUANTILE = 0.001
 QUANTILES = (0.0001, 0.001, 0.01, 0.05, 0.5)  # reported beside it
+NEIGHBOURS = 50
+RATIO = 1.0  # what an open re-implementation calls a copy; the paper's own cut is NOT VERIFIED
 SAMPLE = 2_000  # pictures of the reference whose pairs are measured; more would not move the quantiles much
 
 
@@ -42,6 +45,10 @@ class Calibration:
     edge_pairs: int  # unrelated pairs measured
     nearest_quantiles: dict[str, float]  # distance of a picture to the nearest unrelated one or its mirror image
     literature: list[dict[str, float]]  # δ, and the share of the reference within δ of an unrelated picture
+    neighbours: int  # of a generation, for the adaptive ratio
+    ratio_cut: float | None  # adaptive ratio up to which a generation is a copy; None: too few pictures
+    ratio_quantiles: dict[str, float]  # ratio of a picture to the nearest unrelated one
+    ratio_share: float | None  # share of pictures with a ratio of 1 or less, the cut of the literature
     delta: dict[str, float]  # by target_id
 
     def delta_of(self, targets: pl.DataFrame) -> np.ndarray:
@@ -57,6 +64,7 @@ def calibrate(yardstick: Yardstick) -> Calibration:
     target's own mirror image is no other picture: with it, a symmetric one could never be matched.
     Edge threshold: the 0.1 % quantile of the largest tile distance between pictures with different captions.
     Carlini et al. publish none; generations for members must not set it.
+    Cut of the adaptive ratio: the 0.1 % quantile among pictures that stand nowhere else, at most 1.
     """
     reference = scale(yardstick.reference_pixels)
     if len(reference) < 3:
@@ -69,7 +77,9 @@ def calibrate(yardstick: Yardstick) -> Calibration:
     if not unrelated.any():
         raise CalibrationError("all pictures have one caption: the edge threshold needs different ones")
     tiles = max_tile_l2(reference[chosen])[unrelated]
-    nearest = _nearest_other(reference, chosen)
+    distances = _measure_others(reference, chosen)
+    nearest = distances.min(axis=1)
+    neighbours, ratio = _measure_ratios(distances)
     return Calibration(
         encoder=ENCODER,
         resolution=int(reference.shape[1]),
@@ -81,6 +91,10 @@ def calibrate(yardstick: Yardstick) -> Calibration:
         edge_pairs=len(tiles),
         nearest_quantiles=_quantiles(nearest),
         literature=[{"delta": d, "share": _round((nearest <= d).mean())} for d in LITERATURE],
+        neighbours=neighbours,
+        ratio_cut=_round(min(RATIO, np.quantile(ratio, EDGE_QUANTILE))) if len(ratio) else None,
+        ratio_quantiles=_quantiles(ratio) if len(ratio) else {},
+        ratio_share=_round((ratio <= RATIO).mean()) if len(ratio) else None,
         delta=dict(sorted(zip(yardstick.targets["target_id"], map(_round, delta), strict=True))),
     )
 
@@ -92,11 +106,25 @@ def _list_unrelated(captions: pl.Series) -> np.ndarray:
     return np.triu(different, k=1)
 
 
-def _nearest_other(reference: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """float32 (n,): distance of the chosen pictures to the nearest other one, or the mirror image of another."""
+def _measure_others(reference: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """float32 (n, R): distances of the chosen pictures to others or their mirror images; infinite to themselves."""
     distances = np.minimum(l2(reference[chosen], reference), l2(flip(reference[chosen]), reference))
     distances[np.arange(len(chosen)), chosen] = np.inf
-    return distances.min(axis=1)
+    return distances
+
+
+def _measure_ratios(distances: np.ndarray) -> tuple[int, np.ndarray]:
+    """Neighbours, and the adaptive ratio (n,) of each picture as if it were generated and stood nowhere.
+
+    Carlini et al. 2023, sec. 5.1, take 50 neighbours; where there are fewer pictures, a twentieth of them and at least
+    five. Without so many, no ratio.
+    """
+    size = distances.shape[1]
+    n = NEIGHBOURS if size - 2 >= NEIGHBOURS else max(5, size // 20)
+    if size - 2 < n:
+        return n, np.empty(0)
+    ratio, _ = adaptive_ratio(distances, np.arange(size), n=n)
+    return n, ratio[~np.isnan(ratio)]
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:
@@ -116,9 +144,12 @@ def freeze(calibration: Calibration, path: Path) -> None:
         return
     before = manifest.read_json(path)
     known = {target: before.get("delta", {}).get(target) for target in now["delta"]}
-    changed = [name for name, value in now.items() if (known if name == "delta" else before.get(name)) != value]
+    before |= {name: now[name] for name in now.keys() - before.keys()}  # of a version that knew fewer thresholds
+    changed = [name for name, value in now.items() if (known if name == "delta" else before[name]) != value]
     if changed:
         raise CalibrationError(
             f"{path} was made from other pictures or targets ({', '.join(changed)} differ): thresholds stay as "
             "they were set; delete the file if no score is to be kept"
         )
+    if before.keys() - manifest.read_json(path).keys():
+        manifest.write_json(path, before)

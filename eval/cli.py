@@ -51,9 +51,32 @@ def generate(
 
 
 @app.command()
+def detect(
+    run: RunArgument,
+    detector: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Which ones; all by default.")] = None,
+    n: Annotated[int, typer.Option("-n", help="Noises a prompt.")] = 4,
+    at_least: Annotated[int, typer.Option(help="How often a memorised image stands.")] = 2,
+    limit: Annotated[int, typer.Option(help="Prompts of either kind.")] = 1_000,
+    json_: JsonOption = False,
+) -> None:
+    """Which prompts are memorised, by the noise predicted for them: no image is drawn.
+
+    Says how well each detector tells captions of images that stand often in the data from others.
+
+        unmemorize detect RUN --detector noise-magnitude
+    """
+    with defense.cli.require_extra("train"):
+        from eval.detectors import DETECTORS, describe
+        from eval.detectors import detect as run_detectors
+
+        summary = run_detectors(run, detector or list(DETECTORS), n=n, at_least=at_least, limit=limit)
+    typer.echo(json.dumps(summary) if json_ else describe(summary, run))
+
+
+@app.command()
 def attack(
     run: RunArgument,
-    attack: Annotated[str, typer.Option(metavar="clique", help="Which attack.")] = "clique",
+    attack: Annotated[str, typer.Option(metavar="NAME", help="clique, adaptive or template.")] = "clique",
     json_: JsonOption = False,
 ) -> None:
     """Score the generated images: which training images came back."""

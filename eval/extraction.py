@@ -9,6 +9,7 @@ RUN/calibration.json before the first image is opened. Knows nothing of other ru
 import sys
 from bisect import bisect_right
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from dedup import manifest
+from eval.adaptive import ADAPTIVE, pool, score_adaptive
 from eval.calibrate import Calibration, calibrate, freeze
 from eval.distances import flip, l2, max_tile_l2, scale
 from eval.generate import read_config
+from eval.masks import TEMPLATE, build_masks, score_template
 from eval.targets import TARGETS, Yardstick, load_pixels, load_yardstick
 
 EXACT_CLIQUE = 64  # generations up to which the largest clique is found for certain
@@ -30,11 +33,14 @@ FEWEST = 4  # generations that make a clique worth the name
 # probability .019 (N = 500), .022, .036, .057 (64), .083 (32), .164, .26 (10) or .39 (4).
 CLIQUE_SIZES = {4: 2, 10: 3, 16: 3, 32: 3, 64: 4, 128: 5, 256: 6, 500: 10}
 
-SCORES: dict[str, pl.DataType | type[pl.DataType]] = {
+EVERY: dict[str, pl.DataType | type[pl.DataType]] = {
     **TARGETS,
     "digest": pl.String,  # of the generations
     "n_generations": pl.Int64,  # those without finite numbers included
     "n_nan": pl.Int64,
+    "eidetic_k": pl.Int64,  # rows of the original data within delta of the target, by their pixels
+}
+CLIQUE: dict[str, pl.DataType | type[pl.DataType]] = {
     "delta": pl.Float64,
     "matches": pl.Int64,  # generations within delta of the target
     "matches_flip": pl.Int64,  # within delta of its mirror image; no part of `matches`
@@ -51,11 +57,12 @@ SCORES: dict[str, pl.DataType | type[pl.DataType]] = {
     "medoid_file": pl.String,  # of the clique
     "medoid_distance": pl.Float64,  # to the target
     "direct": pl.Boolean,  # clique_flag, and the medoid within delta: the whole rule of Carlini et al.
-    "eidetic_k": pl.Int64,  # rows of the original data within delta of the target, by their pixels
 }
+SCORES = EVERY | CLIQUE
+SCHEMAS = {"clique": SCORES, "adaptive": EVERY | ADAPTIVE, "template": EVERY | TEMPLATE}  # columns of each attack
 
-# Generations of one target, float32 (G, R, R, 3), the target's row in the yardstick, thresholds → columns of SCORES,
-# files given by their number
+# Generations of one target, float32 (G, R, R, 3), the target's row in the yardstick, thresholds, and how many there
+# should be → the columns of the attack, files given by their number
 Attack = Callable[[np.ndarray, int, Yardstick, Calibration, int], dict[str, Any]]
 
 
@@ -64,7 +71,7 @@ class AttackError(ValueError):
 
 
 def attack(run: Path, name: str = "clique") -> pl.DataFrame:
-    """Score the generations of RUN; returns scores-<name>.parquet, columns SCORES, in the order of the targets.
+    """Score the generations of RUN; returns scores-<name>.parquet, columns SCHEMAS[name], one row a target.
 
     Raises AttackError, CalibrationError, TargetError or OSError.
     """
@@ -81,6 +88,9 @@ def attack(run: Path, name: str = "clique") -> pl.DataFrame:
         raise AttackError(f"{run}: {n_lost} prompts belong to no target of {out}: run `unmemorize generate` again")
     calibration = calibrate(yardstick)
     freeze(calibration, run / "calibration.json")
+    if name == "template":
+        masks, partners = build_masks(out, yardstick.targets, yardstick.target_pixels)
+        yardstick = replace(yardstick, masks=masks, partners=partners)
     copies = count_copies(out, yardstick, calibration)
     by_target = generations.partition_by("prompt_id", as_dict=True, maintain_order=True)
     scores = []
@@ -91,11 +101,13 @@ def attack(run: Path, name: str = "clique") -> pl.DataFrame:
         made = mine.filter(pl.col("status") == "ok")
         images = read_images(run, made["file"], resolution)
         found = ATTACKS[name](images, place, yardstick, calibration, mine["n"][0])
-        for column in ("best_file", "medoid_file"):
+        for column in found.keys() & {"best_file", "medoid_file"}:
             found[column] = None if found[column] is None else made["file"][found[column]]
         shown = {"prompt": mine["prompt"][0], "digest": mine["digest"][0], "eidetic_k": copies[place]}
         scores.append(target | found | shown | {"n_generations": len(mine), "n_nan": len(mine) - len(made)})
-    table = pl.DataFrame(scores, schema=SCORES)
+    if name == "adaptive":
+        pool(scores, yardstick)
+    table = pl.DataFrame(scores, schema=SCHEMAS[name])
     manifest.write_parquet(run / f"scores-{name}.parquet", table)
     return table
 
@@ -217,4 +229,4 @@ def _grow_clique(joined: np.ndarray, start: int) -> np.ndarray:
     return np.array(sorted(clique), dtype=np.int64)
 
 
-ATTACKS: dict[str, Attack] = {"clique": score_clique}
+ATTACKS: dict[str, Attack] = {"clique": score_clique, "adaptive": score_adaptive, "template": score_template}

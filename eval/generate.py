@@ -76,7 +76,7 @@ def generate(
     if config.get("pipeline") in UNCONDITIONAL:
         targets = targets.with_columns(prompt=pl.lit(""))
     settings = {"n": n, "guidance_scale": float(guidance_scale), "steps": steps}
-    digest = _digest(run / "model", settings | {"base_seed": BASE_SEED, "batch": BATCH})
+    digest = digest_model(run / "model", settings | {"base_seed": BASE_SEED, "batch": BATCH})
     folder = run / "generations" / digest
     names = [_name(row["target_id"], row["prompt"]) for row in targets.iter_rows(named=True)]
     todo = [i for i, name in enumerate(names) if not (folder / f"{name}.parquet").exists()]
@@ -113,7 +113,7 @@ def _replace_prompts(targets: pl.DataFrame, path: Path) -> pl.DataFrame:
     return targets.drop("prompt").join(given.select("target_id", "prompt"), on="target_id", maintain_order="left")
 
 
-def _digest(model: Path, settings: dict[str, Any]) -> str:
+def digest_model(model: Path, settings: dict[str, Any]) -> str:
     """16 hex digits over every file of the model folder and the settings."""
     state = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in sorted(path for path in model.rglob("*") if path.is_file()):

@@ -50,6 +50,8 @@ class Yardstick:
     reference: pl.DataFrame
     reference_pixels: np.ndarray
     own: np.ndarray  # bool (targets, reference): shows the picture of the target, or belongs to its component
+    masks: np.ndarray | None = None  # bool (targets, R, R): the template of each, for the attack that needs them
+    partners: np.ndarray | None = None  # int64 (targets,): pictures that the mask was made of
 
 
 def load_yardstick(

@@ -305,7 +305,7 @@ def test_frozen_thresholds_are_not_replaced(out, run):
 
 
 def test_what_cannot_be_scored_is_refused(out, run, tmp_path):
-    with pytest.raises(AttackError, match="choose one of clique"):
+    with pytest.raises(AttackError, match="choose one of clique, adaptive, template"):
         attack(run, "magic")
     with pytest.raises(AttackError, match=f"unmemorize generate {re.escape(str(run))}"):
         attack(run)
