@@ -105,6 +105,9 @@ def dedup(
     private: Annotated[
         Literal["refuse", "allow"], typer.Option(help="Addresses of a list inside this network.")
     ] = "refuse",
+    decisions: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="What you marked in the report; OUT remembers it.")
+    ] = None,
     max_bad: Annotated[float, typer.Option(help="Share of unreadable inputs that is tolerated.")] = 0.01,
     json_: JsonOption = False,
 ) -> None:
@@ -144,7 +147,16 @@ def dedup(
         base=start,
         against=others,
     )
-    run = deduplicate(src, out, options, jobs=jobs, subject_key=subject_key, understood=i_understand, transfer=transfer)
+    run = deduplicate(
+        src,
+        out,
+        options,
+        jobs=jobs,
+        subject_key=subject_key,
+        understood=i_understand,
+        transfer=transfer,
+        decisions=decisions,
+    )
     if run["medical"]:
         typer.echo(f"Warning: {CAUTION}.", err=True)
     if report:
@@ -222,6 +234,9 @@ def _summary(run: dict, out: Path, report: bool) -> str:
         f"{captions['same_caption_other_images']} captions stand with several images.",
         f"Kept rows: {out / 'deduplicated.parquet'}",
     ]
+    if told := counts.get("decisions"):
+        absent = f" {told['absent']:,} more name pictures that are not there." if told["absent"] else ""
+        lines.append(f"Marked by hand: {told['copy']:,} copies, {told['not_a_copy']:,} that are none.{absent}")
     if counts["rows_at_limit"]:
         lines.append(f"{counts['rows_at_limit']:,} images are near 64 others or more: compared with the first 64 only.")
     if subjects := counts.get("subjects"):

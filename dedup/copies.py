@@ -180,7 +180,7 @@ class CopySearch:
             near, random, pairs = (twins.name_first(table, self.rows) for table in (near, random, pairs))
         found = pairs.join(near.select("a", "b"), on=["a", "b"], how="semi")
         return self.counts | {
-            "accepted": found.filter((pl.col("signal") == "copy") & (pl.col("class") == "copy")).height,
+            "accepted": found.filter(pl.col("inliers").is_not_null() & (pl.col("class") == "copy")).height,
             "null": candidates.describe_null(random, pairs, n, len(self.rows), floor),
             "examples": candidates.choose_examples(near, random, pairs, floor),
         }

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import polars as pl
 
-from dedup import clustering, copies, detail, hamming, look, manifest, policy, twins, verify
+from dedup import clustering, copies, detail, hamming, look, manifest, marks, policy, twins, verify
 from dedup.manifest import ORIENTATIONS
 from dedup.reader import Reader
 
@@ -91,6 +91,7 @@ def settle(
     flips: str,
     rotations: str,
     prefer: Sequence[str] = (),
+    told: pl.DataFrame,
     search: copies.CopySearch | None = None,
 ) -> tuple[pl.DataFrame, pl.DataFrame, pl.Series, pl.Series]:
     """Pairs, decisions, effective pixels and rank, such that every pair that decides something was looked at up close.
@@ -98,8 +99,11 @@ def settle(
     Decisions name the pairs that matter, those are compared again (copies that do not hold become look-alikes, copies
     of other sizes are measured), and what that changes is decided anew, until nothing changes. Then `search` may add
     pairs, and all begins again. Of its pairs those count that join two clusters or decide something; what they imply
-    is left out. rows: with their rank, scope and whether they are guarded.
+    is left out. rows: with their rank, scope and whether they are guarded. told: of `marks.resolve`, what persons said
+    of pairs: nobody looks at those again. Copies that only a person knows of come last, so that they change nothing of
+    the search.
     """
+    pairs, open_marks = marks.overrule(pairs, told, rows), True
     location = rows.select(look.LOCATION).rows()
     held, rank = detail.effective_pixels(rows, detail.size_pairs(rows, pairs.clear()), {}), rows["rank"]
     confirmed = np.zeros(len(pairs), bool)
@@ -121,7 +125,8 @@ def settle(
         if search is not None and len(claimed):
             pairs = _replace(pairs, claimed, search.confirm(pairs[claimed]))
             continue
-        whole = pl.Series(confirmed) & (pairs["signal"] != "copy")  # a part of a picture holds less than the picture
+        whole = pairs["hamming"].is_not_null() | (pairs["signal"] == "bytes")  # a part of a picture holds less
+        whole &= pl.Series(confirmed)
         sized = detail.size_pairs(rows, pairs.filter(whole))
         wanted = {location[row][-1]: location[row] for row in pl.concat([sized["larger"], sized["smaller"]])}
         spectra |= _measure({sha256: place for sha256, place in wanted.items() if sha256 not in spectra}, reader)
@@ -129,12 +134,15 @@ def settle(
         before, rank = rank, policy.keeper_rank(rows, held, policy.count_partners(pairs, len(rows), prefer), prefer)
         if not rank.equals(before):
             continue
+        more = pairs.clear() if search is None else marks.overrule(search.find(pairs, decisions, rank), told, rows)
+        if open_marks:
+            more = pl.concat([more, marks.missing(pl.concat([pairs, more]), told, rows, rank)])
+            open_marks = False
+        if len(more):
+            pairs, confirmed = pl.concat([pairs, more]), np.append(confirmed, np.zeros(len(more), bool))
+            rank = policy.keeper_rank(rows, held, policy.count_partners(pairs, len(rows), prefer), prefer)
+            continue
         if search is not None:
-            more = search.find(pairs, decisions, rank)
-            if len(more):
-                pairs, confirmed = pl.concat([pairs, more]), np.append(confirmed, np.zeros(len(more), bool))
-                rank = policy.keeper_rank(rows, held, policy.count_partners(pairs, len(rows), prefer), prefer)
-                continue
             links = _links(pairs, confirmed, len(rows))
             if len(links):
                 confirmed[links] = True

@@ -20,7 +20,7 @@ SCHEMA_VERSION = 1
 ROWS_PER_FILE = 100_000
 
 STATUS = ("ok", "unreadable", "too-large", "unsupported", "missing")
-REASONS = ("bytes", "pixels", "hash", "copy", "policy", "external")
+REASONS = ("bytes", "pixels", "hash", "copy", "decision", "policy", "external")
 CLASSES = ("copy", "same-scene", "look-alike")
 # Dihedral group as PDQ lists it: rotation by 90° steps counter-clockwise, `m` = mirrored left-right first.
 ORIENTATIONS = ("r0", "r90", "r180", "r270", "m0", "m90", "m180", "m270")
@@ -68,8 +68,8 @@ PAIRS_SCHEMA: Schema = {
     "a": pl.Int64,  # a < b
     "b": pl.Int64,
     "class": pl.String,
-    "signal": pl.String,  # bytes, pixels, pdq, copy
-    "score": pl.Float64,  # higher = more alike, 0 … 1
+    "signal": pl.String,  # bytes, pixels, pdq, copy; decision: a person said so, what was measured stands beside it
+    "score": pl.Float64,  # higher = more alike, 0 … 1; null where only a person knows of the pair
     "hamming": pl.Int32,  # PDQ distance at `orientation`; null for bytes and copy
     "residual": pl.Float64,  # RMS colour difference of the aligned thumbnails, 0 … 1
     "worst_tile": pl.Float64,  # largest RMS over the tiles of the thumbnail, 0 … 1

@@ -29,6 +29,7 @@ from dedup import (
     images,
     judge,
     manifest,
+    marks,
     policy,
     scopes,
     search,
@@ -88,13 +89,16 @@ def deduplicate(
     subject_key: Path | None = None,
     understood: bool = False,
     transfer: sources.Transfer | None = None,
+    decisions: Path | None = None,
 ) -> dict:
     """Deduplicate SRC into OUT and return the content of `run.json`.
 
     jobs: worker processes, 0 = one per processor. subject_key: a file; None = OUT has one of its own. understood:
     medical pictures may be read. transfer: how SRC comes here; a list of addresses by default into OUT/download.
-    Raises SourceError, OutputError, OptionsError, SubjectError or OSError.
+    decisions: a file of marks (`marks.read_marks`), which OUT remembers with earlier ones.
+    Raises SourceError, OutputError, OptionsError, SubjectError, MarksError or OSError.
     """
+    given = marks.read_marks(decisions)["decisions"] if decisions else []
     out = out.resolve()
     origin = sources.tell_origin(src)
     transfer = transfer or sources.Transfer()
@@ -126,6 +130,8 @@ def deduplicate(
         rows = rows.with_columns(rank=policy.keeper_rank(rows), scope=pl.lit(""), guarded=pl.lit(False))
         chosen = apply_policies(rows, prefer, options)
         is_usual = not prefer and chosen.equals(rows)
+        remembered = marks.remember(out, given, None if base is None else base.out)
+        said, of_marks = marks.resolve(remembered, rows)
         with engine.timed(seconds, "search"):
             candidates = find_candidates(rows, options, workers.jobs)
             more = [] if is_usual else [find_in_crowds(chosen, candidates, workers.jobs)]
@@ -141,17 +147,18 @@ def deduplicate(
         with engine.timed(seconds, "decide"):
             keep = {"flips": options.flips, "rotations": options.rotations}
             if copy_search is not None and not (is_usual and set(keep.values()) == {"keep"}):
-                usual = judge.settle(rows, pairs, reader, flips="keep", rotations="keep")
+                marked = marks.overrule(pairs, said, rows)
+                usual = judge.settle(rows, marked, reader, told=said.clear(), flips="keep", rotations="keep")
                 copy_search.stars = usual[1]["cluster_id"]
             if not is_usual:
                 equal, unequal = twins.pair_equal(chosen, chosen["rank"]), pairs.filter(pl.col("signal") != "bytes")
                 pairs = pl.concat([equal, twins.stand_in(unequal, chosen, chosen["rank"])]).sort("a", "b")
-            pairs, decisions, held, rank = judge.settle(
-                chosen, pairs, reader, prefer=prefer, search=copy_search, **keep
+            pairs, decided, held, rank = judge.settle(
+                chosen, pairs, reader, told=said, prefer=prefer, search=copy_search, **keep
             )
-            pairs, decisions = judge.share_fate(chosen, pairs, decisions, rank)
-            decisions = clustering.keep_more(decisions, rank, options.max_copies, chosen["guarded"])
-            table = decide(chosen.with_columns(effective_pixels=held), pairs, decisions)
+            pairs, decided = judge.share_fate(chosen, pairs, decided, rank)
+            decided = clustering.keep_more(decided, rank, options.max_copies, chosen["guarded"])
+            table = decide(chosen.with_columns(effective_pixels=held), pairs, decided)
             # a look-alike of the hash level may be a copy to the copy level, turned or cropped: that one counts
             pairs = pairs.sort("a", "b", pl.col("class") != "copy", maintain_order=True).unique(
                 ["a", "b"], keep="first", maintain_order=True
@@ -168,6 +175,8 @@ def deduplicate(
             leaks = scopes.list_leaks(table, chosen["scope"])
             counts["losses"] = scopes.list_losses(table, parts, options.max_loss)
             counts["leakage"] = scopes.count_leaks(leaks)
+            if remembered:
+                counts["decisions"] = of_marks
             if copy_search is not None:
                 counts["copy_search"] = copy_search.describe(pairs)
             about: dict[str, Any] = {} if base is None else {"base": bases.describe(base, rows)}

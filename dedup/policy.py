@@ -111,7 +111,7 @@ def count_partners(pairs: pl.DataFrame, n: int, prefer: Sequence[str] = ()) -> p
     Who prefers the medoid means all copies.
     """
     copies = pairs.filter(pl.col("class") == "copy")
-    counted = copies if "medoid" in prefer else copies.filter(pl.col("signal") == "copy")
+    counted = copies if "medoid" in prefer else copies.filter(pl.col("inliers").is_not_null())
     ends = np.concatenate([counted["a"].to_numpy(), counted["b"].to_numpy()])
     return pl.Series("partners", np.bincount(ends, minlength=n))
 

@@ -514,7 +514,9 @@ def test_keepers_are_those_that_most_others_share_parts_with() -> None:
 def test_partners_are_pairs_of_the_copy_search() -> None:
     pairs = make_pairs((0, 1, "r0"), (1, 2, "r0"), (1, 3, "m0"), (0, 3, "r0"))
     pairs = pairs.with_columns(
-        pl.Series("class", ["copy", "copy", "copy", "same-scene"]), pl.Series("signal", ["copy", "pdq", "copy", "copy"])
+        pl.Series("class", ["copy", "copy", "copy", "same-scene"]),
+        pl.Series("signal", ["decision", "pdq", "copy", "copy"]),  # a person may have confirmed one
+        pl.Series("inliers", [12, None, 30, 20]),
     )
     assert policy.count_partners(pairs, 5).to_list() == [1, 2, 0, 1, 0]
-    assert policy.count_partners(make_pairs(), 2).to_list() == [0, 0]
+    assert policy.count_partners(pairs.clear(), 2).to_list() == [0, 0]
