@@ -33,10 +33,11 @@ EVIDENCE = [*MEASURES, "orientation", "cosine", "inliers", "overlap", "transform
 TRANSFORM = pl.List(pl.Float64)
 QUARTER = np.array([[0.0, 1, 0], [-1, 0, 1], [0, 0, 1]])  # a turn to the left of the square 0 … 1, y downwards
 MIRROR = np.array([[-1.0, 0, 1], [0, 1, 0], [0, 0, 1]])
-# What the page is told of a row, in this order; report.js reads the names from the index.
+# What the page is told of a row, in this order; the scripts read the names from the index.
 FIELDS = [
     "key",
     "shard",
+    "sha256",
     "caption",
     "width",
     "height",
@@ -48,6 +49,7 @@ FIELDS = [
     "reason",
     "partner",
 ]
+LISTED = [*FIELDS, "at"]  # where in its group the row's partner stands, if it has one
 
 
 def group_rows(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
@@ -63,7 +65,9 @@ def group_rows(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
     ordered = members.with_columns(alike=alike, group_size=pl.len().over("group", alike).cast(pl.Int64))
     ordered = ordered.sort("alike", -pl.col("group_size"), "group", "order", "id")
     number = pl.struct("alike", "group").rle_id().cast(pl.Int64)
-    return ordered.with_columns(number=number).with_columns(place=pl.int_range(pl.len()).over("number"))
+    numbered = ordered.with_columns(number=number).with_columns(place=pl.int_range(pl.len()).over("number"))
+    places = numbered.select("number", other="id", at="place")
+    return numbered.join(places, on=["number", "other"], how="left", maintain_order="left")
 
 
 def _is_external() -> pl.Expr:
@@ -194,7 +198,7 @@ def _describe(members: pl.DataFrame, best: pl.DataFrame, rows: pl.DataFrame, ord
     text = pl.col("caption").str.strip_chars()
     return table.with_columns(
         *[pl.when(~is_first).then(column).alias(column) for column in EVIDENCE],
-        order=order,
+        order=order.fill_null(0.0),  # of a pair that only a person knows of
         caption=pl.when(text != "").then(text),
         thumb=pl.col("sha256").str.head(LARGE_NAME),
         partner=pl.when(~is_first & (pl.col("other") != pl.col("first"))).then("other_key"),
@@ -232,8 +236,8 @@ def write_groups(src: Path, folder: Path, members: pl.DataFrame, listed: pl.Data
         manifest.write_text(folder / f"{len(starts):05d}.js", to_script(len(starts), chunk))
         starts.append(start)
     index: dict[str, Any] = {
-        "base": f"{sources.find_root(src).as_uri()}/" if src.exists() else None,
-        "fields": FIELDS,
+        "base": find_base(src),
+        "fields": LISTED,
         "starts": starts,
         "signal_names": names["signal"],
         "source_names": names["source"],
@@ -250,12 +254,17 @@ def write_groups(src: Path, folder: Path, members: pl.DataFrame, listed: pl.Data
     return index
 
 
+def find_base(src: Path) -> str | None:
+    """Where a page finds images that are files of their own."""
+    return f"{sources.find_root(src).as_uri()}/" if src.exists() else None
+
+
 def _chunks(listed: pl.DataFrame, groups: pl.DataFrame) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """(number of the first group, groups); bounded in groups and, but for the first of them, in rows."""
     shown = listed.group_by("number", maintain_order=True).len()["len"]
     rounded = pl.col("score", "residual", "worst_tile", "cosine", "overlap").round(4)
     exact = pl.col("transform").list.eval(pl.element().round_sig_figs(6))
-    rows = listed.select(FIELDS).with_columns(rounded, exact).iter_rows()
+    rows = listed.select(LISTED).with_columns(rounded, exact).iter_rows()
     chunk: list[dict[str, Any]] = []
     held = start = 0
     for number, (count, size, removed) in enumerate(zip(shown, groups["size"], groups["removed"], strict=True)):
@@ -299,6 +308,17 @@ def write_thumbnails(
     )
     different = by_need.unique("thumb", keep="first", maintain_order=True)
     chosen = different.head(limit)
+    failed = write_pictures(src, folder, chosen, jobs)
+    made = [name for name in chosen["thumb"] if name not in failed]
+    counts = {"wanted": len(different), "written": len(made), "failed": len(failed)}
+    return listed.with_columns(thumb=pl.when(pl.col("thumb").is_in(made)).then("thumb")), counts
+
+
+def write_pictures(src: Path, folder: Path, chosen: pl.DataFrame, jobs: int) -> set[str]:
+    """JPEGs of rows (thumb: its name, side, location) that are not there yet; others are removed.
+
+    Returns the names of those that cannot be read again.
+    """
     present = {path.stem for path in folder.glob("*/*.jpg")}
     for stale in present - set(chosen["thumb"]):
         _thumbnail_path(folder, stale).unlink()
@@ -306,10 +326,7 @@ def write_thumbnails(
     missing = missing.select("thumb", "side", "shard", "offset", "size", "key")
     tasks = [(src, folder, part.rows()) for part in missing.iter_slices(THUMBNAILS_PER_TASK)]
     jobs = min(jobs or engine.available_cpus(), max(1, len(tasks) // 4))  # a process must be worth its start
-    failed = {name for names in engine.run(make_thumbnails, tasks, jobs=jobs) for name in names}
-    made = [name for name in chosen["thumb"] if name not in failed]
-    counts = {"wanted": len(different), "written": len(made), "failed": len(failed)}
-    return listed.with_columns(thumb=pl.when(pl.col("thumb").is_in(made)).then("thumb")), counts
+    return {name for names in engine.run(make_thumbnails, tasks, jobs=jobs) for name in names}
 
 
 def make_thumbnails(src: Path, folder: Path, rows: list[tuple]) -> list[str]:

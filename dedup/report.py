@@ -2,7 +2,7 @@
 
 In: OUT/manifest, OUT/pairs.parquet, OUT/run.json, and the source's images for thumbnails. Out: the page, and
 through `gallery` what it shows of the groups. Knows nothing of how the decisions were made. Captions and keys
-are untrusted: Jinja2 escapes them here, report.js only ever makes text nodes of them, and the policy of the
+are untrusted: Jinja2 escapes them here, the scripts only ever make text nodes of them, and the policy of the
 page runs no other script.
 """
 
@@ -14,10 +14,11 @@ import jinja2
 import numpy as np
 import polars as pl
 
-from dedup import gallery, manifest, policy, threshold
+from dedup import gallery, hashing, manifest, marks, policy, threshold
 from dedup.gallery import ALIKE, ALLOWED, DUPLICATES, SCENE, TURNED
 
 TEMPLATES = Path(__file__).parent / "templates"
+SCRIPTS = ("pair.js", "marks.js", "report.js")
 THUMBNAILS = 20_000  # about 60 MB and a minute on one core
 SOURCES = 100  # rows of the table of sources
 CAPTIONS = 3  # examples of repeated captions
@@ -59,7 +60,8 @@ def write_report(out: Path, *, jobs: int = 0, thumbnails: int = THUMBNAILS) -> P
     src = Path(run["src"])
     shown, made = gallery.write_thumbnails(src, report / "thumbs", wanted, limit=thumbnails, jobs=jobs)
     index = gallery.write_groups(src, report / "data", members, shown.filter(pl.col("number").is_not_null()))
-    manifest.write_text(report / "report.js", (TEMPLATES / "report.js").read_text(encoding="utf-8"))
+    manifest.write_text(report / "data" / "marks.js", gallery.to_script("marks", describe_marks(out, run["src"])))
+    write_scripts(report, *SCRIPTS)
     page = environment().get_template("dedup.html")
     text = page.render(
         **{name: run[name] for name in ("src", "counts", "options", "versions")},
@@ -74,6 +76,22 @@ def write_report(out: Path, *, jobs: int = 0, thumbnails: int = THUMBNAILS) -> P
     )
     manifest.write_text(report / "index.html", text)
     return report / "index.html"
+
+
+def write_scripts(folder: Path, *scripts: str) -> None:
+    """Scripts of a page beside it: the policy of the page runs none inside it."""
+    for name in scripts:
+        manifest.write_text(folder / name, (TEMPLATES / name).read_text(encoding="utf-8"))
+
+
+def describe_marks(out: Path, src: str) -> dict[str, Any]:
+    """What the page must know to keep marks: of which run, under which name, and those that OUT remembers."""
+    known = out / marks.NAME
+    return {
+        "store": f"unmemorize {hashing.digest(src.encode())[:16]} ",  # of all runs over SRC: marks speak of pictures
+        "digest": hashing.digest((out / "run.json").read_bytes()),
+        "decisions": marks.read_marks(known)["decisions"] if known.exists() else [],
+    }
 
 
 def environment(*folders: Path) -> jinja2.Environment:

@@ -5,17 +5,6 @@
 const GROUPS_PER_PAGE = 20;
 const MEMBERS_SHOWN = 12;
 const CHUNKS_HELD = 40;
-const SIGNALS = { bytes: "same bytes", pixels: "same pixels", pdq: "PDQ hash", copy: "local features" };
-const CLASSES = { copy: "edited copy", "same-scene": "same scene", "look-alike": "look-alike" };
-const TURNS = {
-  r90: "turned 90° left", r180: "turned 180°", r270: "turned 90° right", m0: "mirrored",
-  m90: "mirrored, turned 90° left", m180: "mirrored upside down", m270: "mirrored, turned 90° right",
-};
-// The same as CSS: the rightmost step comes first, and angles run clockwise.
-const UNTURN = {
-  r90: "rotate(-90deg)", r180: "rotate(180deg)", r270: "rotate(90deg)", m0: "scaleX(-1)",
-  m90: "rotate(-90deg) scaleX(-1)", m180: "rotate(180deg) scaleX(-1)", m270: "rotate(90deg) scaleX(-1)",
-};
 
 let index = null;
 let shown = []; // numbers of the groups that pass the filters, in order
@@ -24,12 +13,11 @@ let turn = 0; // grows with every change, so that a slow search knows that it is
 const chunks = new Map(); // chunk → promise of its groups
 const waiting = new Map(); // chunk → resolve
 const texts = []; // chunk → searchable text of its groups
-let compared = null; // the button of the two images that the dialog shows
-let view = "difference"; // or "overlay": how the dialog lays one over the other
-let opacity = 0.5; // of the picture on top
+let compared = null; // what the dialog shows: two rows, and the button that leads to them
 
 function receive(name, value) {
   if (name === "index") start(value);
+  else if (name === "marks") startMarks(value);
   else waiting.get(name)?.(value);
 }
 
@@ -140,13 +128,6 @@ function complain(error) {
   say(`${error.message}. Is the folder of this report complete?`);
 }
 
-function element(tag, className, ...content) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  node.append(...content);
-  return node;
-}
-
 function drawGroup(group) {
   const rows = group.rows.map((row) => Object.fromEntries(index.fields.map((field, i) => [field, row[i]])));
   const total = rows.length + group.hidden;
@@ -177,10 +158,16 @@ function drawGroup(group) {
 
 function drawMember(row, rows) {
   const isFirst = row === rows[0];
-  const listed = row.partner === null ? rows[0] : rows.find((other) => other.key === row.partner);
-  const partner = listed || rows[0];
-  if (!listed) row.transform = null; // it speaks of a picture that this page does not show
+  const partner = rows[row.at ?? 0] || rows[0];
+  row.apart = Boolean(row.at) && !rows[row.at];
+  if (row.apart) row.transform = null; // it speaks of a picture that this page does not show
   const text = element("div", "", drawTag(row));
+  if (!isFirst && !row.apart) {
+    const tag = element("span");
+    tag.pair = [partner, row];
+    tellMark(tag);
+    text.append(" ", tag);
+  }
   if (row.caption === null) text.append(element("p", "same", "no caption"));
   else if (!isFirst && row.caption === rows[0].caption) text.append(element("p", "same", "same caption"));
   else text.append(untrusted("caption", row.caption));
@@ -197,157 +184,59 @@ function drawMember(row, rows) {
   return element("li", `member ${isFirst && row.role === "keeper" ? "keeper" : ""}`, thumb, text);
 }
 
-function drawTag(row) {
-  const [label, tone] = {
-    keeper: ["kept", "kept"], removed: ["removed", ""], "also-kept": [`${TURNS[row.orientation] || "copy"} · kept`, "also-kept"],
-    "look-alike": [row.class === "same-scene" ? "same scene · kept" : "kept", "also-kept"],
-  }[row.role];
-  return element("span", `tag ${tone}`, label);
-}
-
-function describeFile(row) {
-  return `${row.width} × ${row.height} ${row.format || ""} · ${bytes(row.size)}${row.shard === null ? "" : ` · ${row.shard}`}`;
-}
-
 // Two images side by side, as large as they are at hand, and one laid over the other.
 function compare(button, left, right) {
-  compared = button;
+  compared = { button, left, right };
   const dialog = document.getElementById("compare");
-  const matrices = right.transform && [right.transform, invert(right.transform)];
-  const regions = matrices?.map((matrix, i) => (i ? findRegion(matrix, right, left) : findRegion(matrix, left, right)));
-  const sides = [left, right].map((row, i) => {
-    const picture = drawLarge(row);
-    Object.assign(picture.style, { width: percent(widthOf(row)), height: percent(heightOf(row)) });
-    const link = element("a", "side", picture);
-    if (regions) link.append(drawOutline(row, regions[i]));
-    if (fileOf(row)) Object.assign(link, { href: fileOf(row), target: "_blank" });
-    const caption = untrusted("caption", row.caption ?? "no caption");
-    const about = element("figcaption", "", drawTag(row), untrusted("key-line", row.key), element("p", "details", describeFile(row)), caption);
-    return element("figure", "", link, about);
-  });
-  sides.push(element("figure", "", ...(matrices ? layOver(left, right, matrices, regions) : subtract(left, right))));
   const question = right.class === "same-scene" ? "Is this more than the same scene?" : "What is the difference?";
   document.getElementById("compare-title").textContent = right.role === "removed" ? "Is this the same picture?" : question;
   document.getElementById("compare-evidence").textContent = describeEvidence(right, left);
-  document.getElementById("compare-sides").replaceChildren(...sides);
+  document.getElementById("compare-sides").replaceChildren(...drawSides(left, right));
+  document.getElementById("note").value = markOf(left, right)?.note ?? "";
+  document.getElementById("said").textContent = "";
+  showMarks();
   if (!dialog.open) dialog.showModal();
 }
 
-function drawLarge(row) {
-  return drawImage(row, fileOf(row), thumbOf(row));
+function mark(verdict) {
+  const { left, right } = compared;
+  if (!canMark(left, right) || right.apart) return;
+  setMark(left, right, verdict, verdict === "undecided" ? "" : document.getElementById("note").value);
+  document.getElementById("said").textContent = `Marked: ${SAID[verdict]}`;
 }
 
-// Found by hash: the one turned onto the other, both stretched to a square, and subtracted.
-function subtract(left, right) {
-  const [below, above] = [left, right].map(drawLarge);
-  below.style.transform = UNTURN[right.orientation] || "";
-  const note = element("p", "details", "Difference, four times as bright: black where both agree.");
-  return [element("div", "side difference", below, above), element("figcaption", "", note)];
-}
-
-// Found by local features: in the frame of the one that is covered more, the other one, carried there.
-function layOver(left, right, [onto, back], regions) {
-  const share = [left, right].map((row, i) => areaOf(regions[i]) / (widthOf(row) * heightOf(row)));
-  const first = share[0] >= share[1];
-  const [frame, laid, matrix, region] = first ? [left, right, back, regions[0]] : [right, left, onto, regions[1]];
-  const [width, height] = [widthOf(frame), heightOf(frame)];
-  const above = drawLarge(laid);
-  const layers = element("div", "layers", drawLarge(frame), above);
-  Object.assign(layers.style, { width: percent(width), height: percent(height) });
-  Object.assign(above.style, { width: percent(widthOf(laid) / width), height: percent(heightOf(laid) / height) });
-  new ResizeObserver(([entry]) => {
-    const side = entry.contentRect.width / width; // pixels of the longer side
-    const [a, b, c, d, e, f, g, h, i] = matrix;
-    above.style.transform = `matrix3d(${[a, d, 0, g / side, b, e, 0, h / side, 0, 0, 1, 0, c * side, f * side, 0, i]})`;
-  }).observe(layers);
-  const corners = region.map(([x, y]) => `${percent(x / width)} ${percent(y / height)}`);
-  const slider = Object.assign(element("input"), { type: "range", min: 0, max: 1, step: 0.05, value: opacity });
-  slider.setAttribute("aria-label", "Opacity of the picture on top");
-  const note = element("p", "details");
-  const buttons = ["difference", "overlay"].map((name) => {
-    const button = element("button", "", name === "overlay" ? "Overlay" : "Difference");
-    button.type = "button";
-    button.onclick = () => show(name);
-    return button;
-  });
-  function show(name) {
-    view = name;
-    opacity = Number(slider.value);
-    const subtracted = name === "difference";
-    layers.classList.toggle("difference", subtracted);
-    layers.style.clipPath = subtracted ? `polygon(${corners})` : "";
-    above.style.opacity = subtracted ? "" : opacity;
-    slider.hidden = subtracted;
-    buttons.forEach((button, i) => button.setAttribute("aria-pressed", subtracted === (i === 0)));
-    const which = first ? "second over the first" : "first over the second";
-    note.textContent = subtracted ? "Where they overlap, difference twice as bright: black where both agree." : `The ${which}.`;
+// Wherever a mark shows: the members that are listed, the two pictures that are compared, the line above the groups.
+function showMarks() {
+  for (const tag of document.querySelectorAll(".marked")) tellMark(tag);
+  const count = countMarks();
+  const total = count.copy + count["not-a-copy"];
+  const parts = [];
+  if (total) parts.push(`${total} ${total === 1 ? "pair" : "pairs"} marked: ${count.copy} copy, ${count["not-a-copy"]} not a copy.`);
+  else parts.push(made.size ? "No pair is marked." : "No pair is marked yet.");
+  if (made.size) parts.push(`${made.size} ${made.size === 1 ? "mark is" : "marks are"} not in the run yet.`);
+  if (!kept) parts.push("This browser forgets marks when the page is closed: download them before.");
+  document.getElementById("marked").textContent = parts.join(" ");
+  document.getElementById("download").disabled = !total && !made.size;
+  if (!compared) return;
+  const { left, right } = compared;
+  const verdict = verdictOf(left, right);
+  const possible = canMark(left, right) && !right.apart;
+  document.getElementById("verdict").hidden = !possible;
+  document.getElementById("note").disabled = verdict === "undecided";
+  for (const button of document.querySelectorAll("[data-verdict]")) {
+    button.setAttribute("aria-pressed", button.dataset.verdict === verdict);
   }
-  slider.oninput = () => show("overlay");
-  show(view);
-  return [element("div", "side", layers), element("figcaption", "", element("div", "views", ...buttons, slider), note)];
 }
 
-function percent(share) {
-  return `${100 * share}%`;
-}
-
-// Sizes and positions are in units of the picture's longer side, 3 × 3 matrices by rows.
-function widthOf(row) {
-  return row.width / Math.max(row.width, row.height);
-}
-
-function heightOf(row) {
-  return row.height / Math.max(row.width, row.height);
-}
-
-function invert([a, b, c, d, e, f, g, h, i]) {
-  const adjugate = [e * i - f * h, c * h - b * i, b * f - c * e, f * g - d * i, a * i - c * g, c * d - a * f, d * h - e * g, b * g - a * h, a * e - b * d];
-  const determinant = a * adjugate[0] + b * adjugate[3] + c * adjugate[6];
-  const last = adjugate[8] / determinant;
-  return adjugate.map((value) => value / determinant / last);
-}
-
-// The part of `from` that `matrix` carries onto `to`: its rectangle, cut along the edges of the other one.
-function findRegion([a, b, c, d, e, f, g, h, i], from, to) {
-  const [width, height] = [widthOf(to), heightOf(to)];
-  const edges = [[a, b, c], [width * g - a, width * h - b, width * i - c], [d, e, f], [height * g - d, height * h - e, height * i - f]];
-  const [right, bottom] = [widthOf(from), heightOf(from)];
-  let polygon = [[0, 0], [right, 0], [right, bottom], [0, bottom]];
-  for (const [p, q, r] of edges) {
-    const inside = polygon.map(([x, y]) => p * x + q * y + r);
-    polygon = polygon.flatMap(([x, y], n) => {
-      const next = (n + 1) % inside.length;
-      const part = inside[n] / (inside[n] - inside[next]);
-      const crossing = [x + part * (polygon[next][0] - x), y + part * (polygon[next][1] - y)];
-      return [...(inside[n] >= 0 ? [[x, y]] : []), ...(inside[n] >= 0 !== inside[next] >= 0 ? [crossing] : [])];
-    });
-  }
-  return polygon;
-}
-
-function areaOf(polygon) {
-  const twice = polygon.reduce((sum, [x, y], n) => {
-    const [nextX, nextY] = polygon[(n + 1) % polygon.length];
-    return sum + x * nextY - y * nextX;
-  }, 0);
-  return Math.abs(twice) / 2;
-}
-
-function drawOutline(row, region) {
-  const make = (tag, attributes) => {
-    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    Object.entries(attributes).forEach(([name, value]) => node.setAttribute(name, value));
-    return node;
-  };
-  const svg = make("svg", { viewBox: `0 0 ${widthOf(row)} ${heightOf(row)}`, class: "outline", role: "img", "aria-label": "matched region" });
-  const points = region.map((point) => point.join()).join(" ");
-  svg.append(make("polygon", { points, class: "halo" }), make("polygon", { points }));
-  return svg;
+function tellMark(tag) {
+  const verdict = verdictOf(...tag.pair);
+  tag.textContent = verdict === "undecided" ? "" : `you: ${SAID[verdict]}`;
+  tag.className = { undecided: "marked", copy: "marked tag also-kept", "not-a-copy": "marked tag hit" }[verdict];
 }
 
 async function compareNext(step) {
   const buttons = () => [...document.querySelectorAll("button.thumb")];
-  const next = buttons()[buttons().indexOf(compared) + step];
+  const next = buttons()[buttons().indexOf(compared.button) + step];
   if (next) return next.click();
   const turner = document.querySelector(`[data-step="${step}"]`);
   if (turner.disabled) return;
@@ -356,65 +245,9 @@ async function compareNext(step) {
   buttons().at(step > 0 ? 0 : -1)?.click();
 }
 
-// Where an image of its own lies: its key says so, or its shard when a table gives it another key.
-// `%XX` in a path stands for a byte, as it does in an address.
-function fileOf(row) {
-  if (!index.base || /\.(tar|tar\.gz|tgz|parquet|parquet#.*|arrow)$/is.test(row.shard || "")) return null;
-  const parts = (row.shard === null ? row.key : row.shard).split(/(%[0-9a-f]{2})/i);
-  return index.base + parts.map((part, i) => (i % 2 ? part : encodeURIComponent(part).replaceAll("%2F", "/"))).join("");
-}
-
-function thumbOf(row) {
-  return /^([0-9a-f]{20}|[0-9a-f]{24})$/.test(row.thumb || "") ? `thumbs/${row.thumb.slice(0, 2)}/${row.thumb}.jpg` : null;
-}
-
-// The first of the addresses that can be read and shown.
-function drawImage(row, ...addresses) {
-  const left = addresses.filter(Boolean);
-  if (!left.length) return element("span", "", "no thumbnail");
-  const image = element("img");
-  image.loading = "lazy";
-  image.alt = row.caption || row.key;
-  image.onerror = () => { if (left.length) image.src = left.shift(); };
-  image.src = left.shift();
-  return image;
-}
-
-function untrusted(className, text) {
-  const node = element("p", className, text);
-  node.title = text;
-  node.dir = "auto";
-  return node;
-}
-
-function describeEvidence(row, partner) {
-  const parts = [SIGNALS[row.signal] || row.signal];
-  if (row.signal === "copy") {
-    parts[0] = `${CLASSES[row.class]}: ${row.inliers} local features agree, overlap ${Math.round(100 * row.overlap)}\u00a0%`;
-    if (row.cosine !== null) parts.push(`cosine ${row.cosine.toFixed(2)}`);
-  }
-  if (row.signal !== "bytes") {
-    if (row.hamming !== null) parts.push(`${row.hamming} bits`);
-    if (row.residual !== null) parts.push(`colour ${row.residual.toFixed(3)}`);
-    if (row.worst_tile !== null) parts.push(`worst tile ${row.worst_tile.toFixed(3)}`);
-    if (row.score !== null) parts.push(`score ${row.score.toFixed(3)}`);
-    if (row.role !== "also-kept" && TURNS[row.orientation]) parts.push(TURNS[row.orientation]);
-  }
-  if (row.role === "removed" && row.width * row.height > partner.width * partner.height) parts.push("enlarged: no more detail");
-  if (row.class === "same-scene" && row.signal !== "copy") parts.unshift("same scene");
-  if (row.reason === "policy" || row.reason === "external") parts.unshift(`removed by ${row.reason}`);
-  return parts.join(" · ");
-}
-
-function bytes(n) {
-  const units = ["bytes", "kB", "MB", "GB"];
-  const power = n < 1000 ? 0 : Math.min(3, Math.floor(Math.log10(n) / 3));
-  const value = n / 1000 ** power;
-  return `${power && value < 100 ? value.toFixed(1) : Math.round(value)} ${units[power]}`;
-}
-
 function start(value) {
   index = value;
+  base = index.base;
   const form = document.getElementById("controls");
   const fill = (select, names) => names.forEach((name, i) => select.append(new Option(name, i)));
   fill(form.elements.signal, index.signal_names.map((name) => SIGNALS[name] || name));
@@ -433,10 +266,20 @@ function start(value) {
   }
   const dialog = document.getElementById("compare");
   dialog.addEventListener("keydown", (event) => {
+    if (event.target.type === "text" || event.ctrlKey || event.metaKey || event.altKey) return;
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (step && event.target.type !== "range") compareNext(step).catch(complain);
+    const button = dialog.querySelector(`[aria-keyshortcuts="${CSS.escape(event.key.toLowerCase())}"]`);
+    if (button) mark(button.dataset.verdict);
   });
-  dialog.addEventListener("close", () => compared.focus());
+  dialog.addEventListener("close", () => compared.button.focus());
+  for (const button of dialog.querySelectorAll("[data-verdict]")) {
+    button.addEventListener("click", () => mark(button.dataset.verdict));
+  }
+  document.getElementById("note").addEventListener("change", () => mark(verdictOf(compared.left, compared.right)));
+  document.getElementById("download").addEventListener("click", () => downloadMarks("decisions.json"));
+  document.addEventListener("marked", showMarks);
+  showMarks();
   for (const button of dialog.querySelectorAll("[data-compare]")) {
     const step = Number(button.dataset.compare);
     button.addEventListener("click", () => (step ? compareNext(step).catch(complain) : dialog.close()));
