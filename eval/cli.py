@@ -95,6 +95,32 @@ def attack(
 
 
 @app.command()
+def review(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A finished `unmemorize dedup`.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="Removals to label.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Draws which.")] = 0,
+    folder: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="For the page; default: OUT/review.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(metavar="JSON", help="What the page let you download: say how many are right.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="Worker processes; 0 = one per processor.")] = 0,
+    json_: JsonOption = False,
+) -> None:
+    """How many removals are right? A random sample to label. Example: unmemorize review photos-dedup -n 100"""
+    from eval.review import describe_sample, describe_verdict, judge, write_review
+
+    where = folder or out / "review"
+    if labels is not None:
+        found = judge(out, where, labels)
+        typer.echo(json.dumps(found) if json_ else describe_verdict(found))
+    else:
+        sample = write_review(out, where, n=n, seed=seed, jobs=jobs)
+        typer.echo(json.dumps(sample) if json_ else describe_sample(sample, where))
+
+
+@app.command()
 def compare(
     run_a: Annotated[Path, typer.Argument(help="Attacked run of one arm.")],
     run_b: Annotated[Path, typer.Argument(help="Attacked run of the other arm, same seed.")],
