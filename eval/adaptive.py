@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from eval.calibrate import Calibration, CalibrationError
+from eval.calibrate import RATIO, Calibration, CalibrationError
 from eval.distances import l2, scale
 from eval.metrics import adaptive_ratio
 from eval.targets import Yardstick
@@ -21,6 +21,8 @@ BATCH = 256  # generations compared at a time
 ADAPTIVE: dict[str, pl.DataType | type[pl.DataType]] = {
     "matches": pl.Int64,  # generations for this prompt that give back the target
     "wrong_matches": pl.Int64,  # that give back another picture
+    "matches_at_one": pl.Int64,  # both with a cut of 1, that of the literature
+    "wrong_at_one": pl.Int64,
     "undefined": pl.Int64,  # whose neighbours are all equal to them: neither memorised nor not
     "neighbours": pl.Int64,  # 50, or fewer ("scaled") where the reference has not so many
     "ratio_cut": pl.Float64,
@@ -51,12 +53,14 @@ def score_adaptive(
     if len(images):
         ratio, nearest = adaptive_ratio(distances, components, n=calibration.neighbours)
     with np.errstate(invalid="ignore"):
-        copied = ratio <= calibration.ratio_cut  # False where undefined
+        copied, lax = ratio <= calibration.ratio_cut, ratio <= RATIO  # False where undefined
     to_target = l2(images, scale(yardstick.target_pixels[place : place + 1]))[:, 0]
     mine = ratio[own[nearest] & ~np.isnan(ratio)]
     return {
         "matches": int((copied & own[nearest]).sum()),
         "wrong_matches": int((copied & ~own[nearest]).sum()),
+        "matches_at_one": int((lax & own[nearest]).sum()),
+        "wrong_at_one": int((lax & ~own[nearest]).sum()),
         "undefined": int(np.isnan(ratio).sum()),
         "neighbours": calibration.neighbours,
         "ratio_cut": calibration.ratio_cut,

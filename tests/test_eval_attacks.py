@@ -45,6 +45,7 @@ def test_copies_are_found_at_every_multiplicity_and_nothing_else(out, originals,
     assert (scores["matches"] == 3).all()
     assert (scores["wrong_matches"] == 0).all()
     assert (scores["undefined"] == 0).all()
+    assert (scores["matches_at_one"] == 3).all()
     assert (scores["from_any"] == 3).all()
     assert scores["extracted"].all()
     assert (scores["best_ratio"] < 0.5).all()
