@@ -212,8 +212,8 @@ def score_prompts(
     """
     import torch
 
-    from defense.data import embed_captions
-    from defense.sampling import draw_noise
+    from defense.conditions import embed_captions
+    from defense.sampling import make_generators
 
     check_pipeline(pipeline)
     unet, scheduler = pipeline.unet, pipeline.scheduler
@@ -223,12 +223,14 @@ def score_prompts(
     size = max(1, BATCH // len(seeds[0])) if len(prompts) else 1
     denoiser = Denoiser(unet, scheduler.alphas_cumprod.to(unet.device), scheduler.config.prediction_type)
     with torch.inference_mode():
-        empty = embed_captions([""], pipeline.tokenizer, pipeline.text_encoder)
         for first in tqdm(range(0, len(prompts), size), "detect", file=sys.stderr, disable=None):
             chunk = slice(first, first + size)
-            noise = torch.stack([draw_noise(mine, shape) for mine in seeds[chunk]]).to(unet.device)
-            context = embed_captions(prompts[chunk], pipeline.tokenizer, pipeline.text_encoder)
-            asked = Predictions(denoiser, noise, context, empty)
+            chances = [make_generators(mine) for mine in seeds[chunk]]
+            drawn = [torch.stack([torch.randn(shape, generator=chance) for chance in each]) for each in chances]
+            noise = torch.stack(drawn).to(unet.device)  # (B, n, C, h, w)
+            told = embed_captions(pipeline, prompts[chunk]).tokens
+            assert told is not None  # `check_pipeline` has seen the text encoder
+            asked = Predictions(denoiser, noise, told[1:].to(unet.device), told[:1].to(unet.device))
             for name in names:
                 scores[name][chunk] = DETECTORS[name](asked).cpu().numpy()
     return {name: np.where(np.isfinite(values), values, np.nan) for name, values in scores.items()}

@@ -1,17 +1,17 @@
 """Do the instruments measure? A denoiser that is its dataset goes through generate, attack and detect."""
 
-from functools import lru_cache
 from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from test_eval_targets import RESOLUTION, make_planted, make_run
 
 from dedup import manifest
-from defense.data import embed_captions
-from defense.model import build_scheduler, build_tiny
+from defense.conditions import embed_captions
+from defense.tiny import build_scheduler, build_tiny
 from eval.extraction import attack
 from eval.generate import generate
 from eval.targets import load_pixels, load_targets
@@ -29,7 +29,7 @@ class DatasetDenoiser(torch.nn.Module):
         self.pictures, self.contexts, self.scheduler = pictures, contexts, scheduler
         self.device = torch.device("cpu")
         channels, side = pictures.shape[1], pictures.shape[-1]
-        self.config = SimpleNamespace(in_channels=channels, out_channels=channels, sample_size=side)
+        self.config = FrozenDict(time_cond_proj_dim=None, in_channels=channels, out_channels=channels, sample_size=side)
 
     def forward(self, x, timestep, encoder_hidden_states, return_dict=False):
         alpha = self.scheduler.alphas_cumprod[int(timestep)]
@@ -46,27 +46,20 @@ class DatasetDenoiser(torch.nn.Module):
 class Pixels(torch.nn.Module):
     """An autoencoder whose latents are the pixels."""
 
-    config = SimpleNamespace(scaling_factor=1.0)
+    config = FrozenDict(scaling_factor=1.0)
 
     def decode(self, latents):
         return SimpleNamespace(sample=latents)
 
 
-@lru_cache
-def build_encoder():
-    """A pipeline of which only the tokenizer and the text encoder are wanted."""
-    return build_tiny(0, channels=(32, 64), text_width=32, text_layers=1, caption_tokens=12)
-
-
-def make_pipeline(pixels: np.ndarray, captions: list[str], prediction_type: str = "v_prediction") -> SimpleNamespace:
+def make_pipeline(pixels: np.ndarray, captions: list[str], prediction_type: str = "v_prediction"):
     """Pictures uint8 (K, R, R, 3), captions → a pipeline that knows nothing else; tokenizer and encoder are real."""
-    tiny = build_encoder()
+    pipeline = build_tiny(0, channels=(32, 64), text_width=32, text_layers=1, caption_tokens=12)
     pictures = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    scheduler = build_scheduler(prediction_type)
-    contexts = embed_captions(captions, tiny.tokenizer, tiny.text_encoder)
-    unet = DatasetDenoiser(pictures, contexts, scheduler)
-    parts = {"tokenizer": tiny.tokenizer, "text_encoder": tiny.text_encoder, "vae_scale_factor": 1}
-    return SimpleNamespace(unet=unet, vae=Pixels(), scheduler=scheduler, **parts)
+    pipeline.scheduler = build_scheduler(prediction_type)
+    pipeline.unet = DatasetDenoiser(pictures, embed_captions(pipeline, captions).tokens[1:], pipeline.scheduler)
+    pipeline.vae, pipeline.vae_scale_factor = Pixels(), 1
+    return pipeline
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +72,7 @@ def run(out, tmp_path, monkeypatch):
     """A run whose model is the dataset of OUT, copies and all."""
     rows = manifest.read(out)
     pipeline = make_pipeline(load_pixels(out, rows, RESOLUTION), rows["caption"].to_list())
-    monkeypatch.setattr("defense.model.load_pipeline", lambda folder: pipeline)
+    monkeypatch.setattr("defense.model.load_pipeline", lambda folder, **_: pipeline)
     run = make_run(tmp_path, out)
     (run / "model").mkdir()
     exposures = rows.select("id", "cluster_id", "key", held_out=pl.lit(False), exposures=pl.lit(10))

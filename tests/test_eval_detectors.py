@@ -16,8 +16,8 @@ from test_eval_targets import RESOLUTION, make_plain, make_planted, make_run, pa
 from typer.testing import CliRunner
 
 from dedup import manifest
-from defense.data import embed_captions
-from defense.sampling import draw_noise
+from defense.conditions import embed_captions
+from defense.sampling import make_generators
 from eval import detectors
 from eval.cli import app
 from eval.detectors import DETECTIONS, DETECTORS, Denoiser, DetectError, detect, score_prompts
@@ -90,9 +90,10 @@ def test_magnitude_and_one_step_equal_their_formulas(small):
     timestep = int((alphas >= detectors.NOISIEST).nonzero().max())
     side = unet.config.sample_size
     alpha, norms, steps = alphas[timestep], [], []
-    context, empty = embed_captions([prompt, ""], small.tokenizer, small.text_encoder).split(1)
+    empty, context = embed_captions(small, [prompt]).tokens.split(1)
     with torch.inference_mode():
-        for noise in draw_noise(seeds, (unet.config.in_channels, side, side)).split(1):
+        for chance in make_generators(seeds):
+            noise = torch.randn((1, unet.config.in_channels, side, side), generator=chance)
             c, u = (unet(noise, timestep, encoder_hidden_states=e).sample for e in (context, empty))
             c, u = (alpha.sqrt() * v + (1 - alpha).sqrt() * noise for v in (c, u))
             norms.append((c - u).norm().item())
