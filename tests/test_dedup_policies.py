@@ -4,7 +4,7 @@ from itertools import combinations
 
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dedup import clustering, manifest, policy, scopes, twins
@@ -15,8 +15,8 @@ CLASS = st.sampled_from(["copy", "copy", "copy", "look-alike"])
 
 
 @st.composite
-def webs(draw: st.DrawFn) -> tuple[pl.DataFrame, list[int], pl.Series, pl.Series]:
-    """Pairs, keeper order, scopes and who is guarded (and comes first)."""
+def webs(draw: st.DrawFn) -> tuple[pl.DataFrame, list[int], dict[str, pl.Series]]:
+    """Pairs, keeper order, and of each row: scope, whether it is guarded (and comes first), and published (then)."""
     ends = draw(st.lists(st.sampled_from(list(combinations(range(N), 2))), unique=True))
     rows = [(a, b, draw(CLASS), draw(ORIENTATION)) for a, b in ends]
     schema = {"a": pl.Int64, "b": pl.Int64, "class": pl.String, "orientation": pl.String}
@@ -24,16 +24,19 @@ def webs(draw: st.DrawFn) -> tuple[pl.DataFrame, list[int], pl.Series, pl.Series
     scope = draw(st.lists(st.sampled_from("ABT"), min_size=N, max_size=N))
     guard = draw(st.sampled_from(["T", None]))
     guarded = [name == guard for name in scope]
-    order = sorted(draw(st.permutations(range(N))), key=lambda row: not guarded[row])
-    return pairs, order, pl.Series(scope), pl.Series(guarded)
+    published = draw(st.lists(st.sampled_from([False, False, True]), min_size=N, max_size=N))
+    order = sorted(draw(st.permutations(range(N))), key=lambda row: (not guarded[row], not published[row]))
+    told = {"scope": pl.Series(scope), "guarded": pl.Series(guarded), "published": pl.Series(published)}
+    return pairs, order, told
 
 
 def rank_of(order: list[int]) -> pl.Series:
     return pl.Series([order.index(row) for row in range(len(order))])
 
 
-def decide_by_hand(pairs: pl.DataFrame, order: list[int], scope: pl.Series, guarded: pl.Series, most: int) -> list:
+def decide_by_hand(pairs: pl.DataFrame, order: list[int], told: dict[str, pl.Series], most: int) -> list:
     """kept_id of every row, None where it is kept."""
+    scope, guarded, published = told.values()
     copies = {
         frozenset(ends): turn
         for *ends, kind, turn in pairs.select("a", "b", "class", "orientation").iter_rows()
@@ -42,7 +45,8 @@ def decide_by_hand(pairs: pl.DataFrame, order: list[int], scope: pl.Series, guar
     kept_id: list[int | None] = [None] * N
     for place, row in enumerate(order):
         for other in order[:place]:
-            may = (scope[row] == scope[other] or guarded[other]) and not guarded[row]
+            within = scope[row] == scope[other] and not published[row]
+            may = (within or guarded[other]) and not guarded[row]
             if may and kept_id[other] is None and copies.get(frozenset((row, other))) == "r0":
                 kept_id[row] = other
                 break
@@ -55,13 +59,14 @@ def decide_by_hand(pairs: pl.DataFrame, order: list[int], scope: pl.Series, guar
     return kept_id
 
 
+@settings(deadline=None)
 @given(webs(), st.integers(1, 4))
 def test_decisions_agree_with_brute_force(web: tuple, most: int) -> None:
-    pairs, order, scope, guarded = web
+    pairs, order, told = web
     rank = rank_of(order)
-    first = clustering.decide(pairs, rank, scope=scope, guarded=guarded)
-    found = clustering.keep_more(first, rank, most, guarded)
-    assert found["kept_id"].to_list() == decide_by_hand(pairs, order, scope, guarded, most)
+    first = clustering.decide(pairs, rank, **told)
+    found = clustering.keep_more(first, rank, most, told["guarded"])
+    assert found["kept_id"].to_list() == decide_by_hand(pairs, order, told, most)
     assert (found["keep"] == found["kept_id"].is_null()).all()
     assert found["cluster_id"].equals(first["cluster_id"])
     stars = found["cluster_id"]
@@ -71,24 +76,23 @@ def test_decisions_agree_with_brute_force(web: tuple, most: int) -> None:
         assert most > 1 or first["kept_id"][row] == kept_id  # one copy is what `decide` says
 
 
+@settings(deadline=None)
 @given(webs(), st.integers(1, 3), st.permutations(range(N)))
 def test_decisions_do_not_depend_on_the_order_of_arrival(web: tuple, most: int, new: list[int]) -> None:
     """new: where each row is moved to."""
-    pairs, order, scope, guarded = web
+    pairs, order, told = web
 
-    def run(pairs: pl.DataFrame, order: list[int], scope: pl.Series, guarded: pl.Series) -> pl.DataFrame:
+    def run(pairs: pl.DataFrame, order: list[int], told: dict[str, pl.Series]) -> pl.DataFrame:
         rank = rank_of(order)
-        return clustering.keep_more(clustering.decide(pairs, rank, scope=scope, guarded=guarded), rank, most, guarded)
+        return clustering.keep_more(clustering.decide(pairs, rank, **told), rank, most, told["guarded"])
 
     moved = pl.Series(new)
-    low, high = (
-        pick(moved.gather(pairs["a"]), moved.gather(pairs["b"])) for pick in (pl.min_horizontal, pl.max_horizontal)
-    )
+    a, b = moved.gather(pairs["a"]), moved.gather(pairs["b"])
+    low, high = (pl.select(pick(a, b)).to_series() for pick in (pl.min_horizontal, pl.max_horizontal))
     inverse = pl.Series([new.index(row) for row in range(N)])
-    other = run(
-        pairs.with_columns(a=low, b=high), [new[row] for row in order], scope.gather(inverse), guarded.gather(inverse)
-    )
-    one = run(pairs, order, scope, guarded)
+    elsewhere = {name: column.gather(inverse) for name, column in told.items()}
+    other = run(pairs.with_columns(a=low, b=high), [new[row] for row in order], elsewhere)
+    one = run(pairs, order, told)
     assert [None if k is None else new[k] for k in one["kept_id"]] == other["kept_id"].gather(moved).to_list()
     assert one["keep"].to_list() == other["keep"].gather(moved).to_list()
 
@@ -96,6 +100,7 @@ def test_decisions_do_not_depend_on_the_order_of_arrival(web: tuple, most: int, 
 ROWS = st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from("ABT")), min_size=2, max_size=8)
 
 
+@settings(deadline=None)
 @given(ROWS, st.booleans(), st.randoms())
 def test_equal_files_stand_in_for_each_other(contents: list[tuple[str, str]], guard: bool, random) -> None:  # type: ignore[no-untyped-def]
     """All pairs that decide something are there: within a scope, with what is guarded, and of the first of all."""
@@ -180,6 +185,7 @@ def test_what_is_preferred_comes_first() -> None:
 
 def test_the_medoid_counts_all_copies_when_it_is_asked_for() -> None:
     pairs = pl.DataFrame({"a": [0, 1], "b": [1, 2], "class": "copy", "signal": ["pdq", "copy"]})
+    pairs = pairs.with_columns(inliers=pl.Series([None, 30]))
     assert policy.count_partners(pairs, 3).to_list() == [0, 1, 1]
     assert policy.count_partners(pairs, 3, ("medoid",)).to_list() == [1, 2, 1]
 
