@@ -9,6 +9,7 @@ import typer
 
 app = typer.Typer(no_args_is_help=True)
 
+ARMS = "raw, refill, dedup, dedup-exposure, random-drop, reweighted, oracle or hash"
 OURS = ("dedup", "defense", "eval")
 
 
@@ -36,7 +37,7 @@ def main() -> None:
 @app.command()
 def train(
     out: Annotated[Path, typer.Argument(help="Folder made by `unmemorize dedup`.")],
-    arm: Annotated[str, typer.Option(help="What to train on: raw, refill or dedup.")],
+    arm: Annotated[str, typer.Option(help=f"What to train on: {ARMS}.")],
     config: Annotated[Path, typer.Option(help="TOML file, such as configs/tiny.toml.")],
     run: Annotated[Path, typer.Option("--run", "-o", help="Folder to write.")],
     seed: Annotated[int, typer.Option(min=0, help="Decides initial weights, order and noise.")] = 0,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dedup import images, manifest, sources
 from dedup.hashing import digest
+from defense.arms import Material
 from defense.conditions import Conditions, embed_captions
 
 SPARE = "spare"  # folder of a planted dataset with images that stand nowhere else
@@ -38,6 +39,7 @@ class Examples:
     caption_ids: Tensor  # (sum of count,) int64, rows of `conditions`
     first: Tensor  # (N,) int64
     count: Tensor  # (N,) int64, at least 1
+    weights: bytes = b""  # of `draw_rows`
 
     def draw_captions(self, rows: Tensor, uniform: Tensor) -> Tensor:
         """Rows of `conditions` for the rows (B,) int64, chosen by uniform (B,) in [0, 1)."""
@@ -58,6 +60,7 @@ def build_examples(rows: pl.DataFrame, src: Path, pipeline: DiffusionPipeline, *
         caption_ids=torch.tensor([distinct[text] for texts in captions for text in texts]),
         first=count.cumsum(0) - count,
         count=count,
+        weights=pack_weights(rows),
     )
 
 
@@ -116,6 +119,21 @@ def _hash_to_unit(number: int) -> float:
     return int.from_bytes(hashlib.blake2b(str(number).encode(), digest_size=6).digest(), "big") / 2**48
 
 
+def read_material(out: Path, held_out: float) -> tuple[pl.DataFrame, Material]:
+    """All rows of OUT with a column `held_out`, and what the arms choose from: the others, with what is known."""
+    rows, run = manifest.read(out), manifest.read_run(out)
+    rows = rows.with_columns(hold_out(rows, held_out, read_canary_keys(out)))
+    plant, pairs = out / "plant.parquet", out / "pairs.parquet"
+    policies = {name: run["options"][name] for name in ("flips", "rotations") if name in run.get("options", {})}
+    return rows, Material(
+        rows.filter(~pl.col("held_out")),
+        read_spare(Path(run["src"])),
+        truth=pl.read_parquet(plant, columns=["key", "canary"]) if plant.exists() else None,
+        pairs=pl.scan_parquet(pairs) if pairs.exists() else None,
+        **policies,
+    )
+
+
 def read_canary_keys(out: Path) -> list[str]:
     """Keys of the planted copies; none when the dataset was not planted."""
     path = out / "plant.parquet"
@@ -136,15 +154,33 @@ def read_spare(src: Path) -> pl.DataFrame | None:
     return pl.DataFrame(found, schema={column: manifest.SCHEMA[column] for column in columns}, orient="row")
 
 
-def draw_rows(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
-    """int64 (B,): rows of a batch. Shuffled passes over 0 … n-1 follow each other, each row once a pass."""
-    passes, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
-    return np.concatenate([_shuffle(n, seed, p)[places[passes == p]] for p in range(passes[0], passes[-1] + 1)])
+def draw_rows(n: int, batch_size: int, seed: int, step: int, weights: bytes = b"") -> np.ndarray:
+    """int64 (B,): rows of a batch, out of 0 … n-1. Shuffled passes follow each other.
+
+    A pass has each row once. With weights (float64, one a row, their sum W a whole number) it has W rows: row i as
+    often as its weight says on average, and of neighbours whose weights add up to 1 exactly one.
+    """
+    size = max(1, round(float(np.frombuffer(weights).sum()))) if weights else n
+    passes, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), size)
+    chosen = [_shuffle(n, seed, p, weights)[places[passes == p]] for p in range(passes[0], passes[-1] + 1)]
+    return np.concatenate(chosen)
 
 
 @lru_cache(maxsize=4)
-def _shuffle(n: int, seed: int, number: int) -> np.ndarray:
-    return np.random.default_rng([seed, 0, number]).permutation(n)
+def _shuffle(n: int, seed: int, number: int, weights: bytes) -> np.ndarray:
+    rng = np.random.default_rng([seed, 0, number])
+    if not weights:
+        return rng.permutation(n)
+    reached = np.frombuffer(weights).cumsum()
+    size = max(1, round(float(reached[-1])))
+    points = (np.arange(size) + rng.random(size)) * (reached[-1] / size)  # one in each of equal parts
+    return rng.permutation(np.searchsorted(reached, points, side="right").clip(max=n - 1))
+
+
+def pack_weights(training: pl.DataFrame) -> bytes:
+    """The weights of an arm as `draw_rows` takes them: none when all are equal."""
+    weights = training["weight"].to_numpy()
+    return b"" if (weights == weights[0]).all() else weights.astype(np.float64).tobytes()
 
 
 def draw_noise(batch_size: int, shape: Sequence[int], seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,8 +201,9 @@ def count_exposures(rows: pl.DataFrame, training: pl.DataFrame, steps: int, batc
     with 0 if the arm left it out; then the spare images that were used, without id and cluster.
     """
     exposures = np.zeros(len(training), dtype=np.int64)
+    weights = pack_weights(training)
     for step in range(steps):
-        np.add.at(exposures, draw_rows(len(training), batch_size, seed, step), 1)
+        np.add.at(exposures, draw_rows(len(training), batch_size, seed, step, weights), 1)
     counted = training.select("id", "cluster_id", "key", exposures=pl.Series(exposures))
     ours = rows.select("id", "cluster_id", "key", "held_out").join(
         counted.select("id", "exposures"), on="id", how="left", maintain_order="left"

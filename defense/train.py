@@ -15,12 +15,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from dedup.engine import available_cpus
 from dedup.pipeline import lock
 from dedup.subjects import CAUTION
 from defense import lora, model
-from defense.arms import select_rows
+from defense.arms import count_steps, select_rows
 from defense.checkpoint import CHECKPOINT, Average, Weights, load_checkpoint, open_log, save_checkpoint
 from defense.config import TrainConfig
 from defense.data import (
@@ -41,9 +40,7 @@ from defense.data import (
     count_exposures,
     draw_noise,
     draw_rows,
-    hold_out,
-    read_canary_keys,
-    read_spare,
+    read_material,
 )
 from defense.tiny import AUTOENCODER, build_tiny
 
@@ -76,13 +73,13 @@ def train(out: Path, arm: str, config: TrainConfig, run: Path, seed: int) -> Non
     out, run = out.resolve(), run.resolve()
     torch.set_num_threads(config.threads or available_cpus())
     device = model.pick_device(config.device)
-    rows = manifest.read(out)
     described = manifest.read_run(out)
     src = Path(described["src"])
     if described.get("medical"):
         print(f"Warning: {CAUTION}.", file=sys.stderr)
-    rows = rows.with_columns(hold_out(rows, config.held_out, read_canary_keys(out)))
-    training = select_rows(arm, rows.filter(~pl.col("held_out")), read_spare(src), seed)
+    rows, material = read_material(out, config.held_out)
+    training = select_rows(arm, material, seed)
+    steps = count_steps(arm, material, config.steps)
     pipeline, base = build_pipeline(config, seed)
     record = {
         "arm": arm,
@@ -90,6 +87,7 @@ def train(out: Path, arm: str, config: TrainConfig, run: Path, seed: int) -> Non
         "config": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()},
         "out": str(out),
         "out_sha256": hashlib.sha256((out / "run.json").read_bytes()).hexdigest(),
+        "steps_of_arm": steps,
         "rows": len(training),
         "rows_sha256": hashlib.sha256(training.write_ndjson().encode()).hexdigest(),
         "pipeline": type(pipeline).__name__,
@@ -103,8 +101,8 @@ def train(out: Path, arm: str, config: TrainConfig, run: Path, seed: int) -> Non
         _move(pipeline, device)
         examples = build_examples(training, src, pipeline, resolution=config.resolution)
         _move(pipeline, torch.device("cpu"))
-        fit(run, pipeline, examples, config, seed)
-        exposures = count_exposures(rows, training, config.steps, config.batch_size, seed)
+        fit(run, pipeline, examples, replace(config, steps=steps), seed)
+        exposures = count_exposures(rows, training, steps, config.batch_size, seed)
         manifest.write_parquet(run / "exposures.parquet", exposures)
         if base is None:
             model.save_pipeline(pipeline, run / "model")
@@ -150,7 +148,7 @@ def _claim(run: Path, record: dict) -> None:
     if path.exists():
         before = manifest.read_json(path)
         flat, flat_before = ({**r, **r["config"]} for r in (record, before))
-        skip = ("config", "versions")
+        skip = ("config", "versions", "steps_of_arm")  # the last follows from others
         differing = [k for k in flat if k not in skip and flat_before.get(k) != flat[k]]
         if differing:
             what = ", ".join(f"{key} was {flat_before.get(key)!r}, is {flat[key]!r}" for key in differing)
@@ -258,7 +256,7 @@ def training_loop(
     unet.train()
     for step in range(start, config.steps):
         began = time.perf_counter()
-        rows = torch.from_numpy(draw_rows(n, size, seed, step))  # (B,)
+        rows = torch.from_numpy(draw_rows(n, size, seed, step, examples.weights))  # (B,)
         noise, uniform, order = draw_noise(size, examples.latents.shape[1:], seed, step)
         # One timestep from each of B equal parts: less variance (Kingma et al. 2021, appendix I.1).
         timesteps = ((order + uniform[0]) / size * total).long().clamp(max=total - 1)  # (B,)

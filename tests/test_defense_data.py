@@ -161,7 +161,7 @@ def test_latents_are_the_scaled_posterior_mean(pipeline):
 
 def test_large_images_go_through_a_network_in_small_chunks(out, pipeline, monkeypatch):
     assert [data.fit_chunk(side) for side in (32, 128, 512, 1024, 2048)] == [64, 64, 4, 1, 1]
-    rows = readable(out).with_columns(captions=pl.lit([], dtype=pl.List(pl.String)))
+    rows = readable(out).with_columns(captions=pl.lit([], dtype=pl.List(pl.String)), weight=1.0)
     whole = data.build_examples(rows, source(out), pipeline, resolution=32).latents
     monkeypatch.setattr(data, "fit_chunk", lambda side: 3)
     chunks = data.build_examples(rows, source(out), pipeline, resolution=32).latents
@@ -171,7 +171,7 @@ def test_large_images_go_through_a_network_in_small_chunks(out, pipeline, monkey
 def test_captions_are_drawn_evenly_and_missing_ones_are_empty(out, pipeline):
     rows = pl.DataFrame({"captions": [["one", "two"], [], ["three"]]}, schema={"captions": pl.List(pl.String)})
     rows = pl.concat([readable(out).select("shard", "offset", "size", "key", "sha256").head(3), rows], how="horizontal")
-    examples = data.build_examples(rows, source(out), pipeline, resolution=32)
+    examples = data.build_examples(rows.with_columns(weight=1.0), source(out), pipeline, resolution=32)
     uniform = torch.linspace(0, 1 - 1e-7, 1000)
     drawn = [examples.draw_captions(torch.full((1000,), row), uniform) for row in range(3)]
     texts = embed_captions(pipeline, ["one", "two", "three"]).tokens
@@ -246,6 +246,7 @@ def test_exposures_add_up_and_list_what_was_left_out(out):
     rows = manifest.read(out).with_columns(held_out=pl.col("id") == 3)
     spare = data.read_spare(source(out)).with_columns(id=pl.lit(None, pl.Int64), cluster_id=pl.lit(None, pl.Int64))
     training = pl.concat([rows.filter(pl.col("id").is_in([0, 4])), spare.head(1)], how="diagonal")
+    training = training.with_columns(weight=1.0)
     exposures = data.count_exposures(rows, training, steps=10, batch_size=2, seed=0)
     assert exposures.columns == ["id", "cluster_id", "key", "held_out", "exposures"]
     assert len(exposures) == len(rows) + 1

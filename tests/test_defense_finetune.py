@@ -169,7 +169,7 @@ def test_a_base_that_changed_or_moved_is_noticed(out, bases, tmp_path):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_error_is_that_of_the_noise_schedule_of_the_base(out, prediction_type):
     pipeline = build_sd14(prediction_type)  # PNDM, which knows no velocity
-    rows = readable(out).with_columns(captions=pl.lit(["one"]))
+    rows = readable(out).with_columns(captions=pl.lit(["one"]), weight=1.0)
     examples = data.build_examples(rows, source(out), pipeline, resolution=16)
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     chosen, captions, timesteps = torch.tensor([0, 5]), torch.tensor([1, 0]), torch.tensor([10, 800])

@@ -306,3 +306,20 @@ def test_medical_data_are_warned_of(out, config, tmp_path, capsys):
         said = capsys.readouterr().err
         assert said.startswith("Warning: diffusion models give back pictures") == medical
         assert said.count("\n") == medical
+
+
+@pytest.mark.parametrize(("arm", "steps"), [("dedup-exposure", 9), ("reweighted", 12)])
+def test_an_arm_decides_its_steps_and_weights_and_resumes(out, config, arm, steps, tmp_path, monkeypatch):
+    train(out, arm, config, tmp_path / "whole" / "run", 0)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(KeyboardInterrupt):
+            train(out, arm, config, tmp_path / "run", 0)
+    train(out, arm, config, tmp_path / "run", 0)
+    assert_same_run(tmp_path / "run", tmp_path / "whole" / "run")
+    assert len((tmp_path / "run" / "train.jsonl").read_text().splitlines()) == steps
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (record["steps_of_arm"], record["config"]["steps"]) == (steps, 12)
+    exposures = pl.read_parquet(tmp_path / "run" / "exposures.parquet")
+    seen = exposures.group_by("cluster_id").agg(pl.col("exposures").sum()).filter(pl.col("exposures") > 0)
+    assert seen["exposures"].to_list() == [steps * 4 // 6] * 6  # six clusters, equally often
