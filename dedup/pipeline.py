@@ -6,6 +6,7 @@ other options is refused.
 """
 
 import fcntl
+import functools
 import shutil
 import sys
 from collections.abc import Iterator
@@ -176,6 +177,7 @@ def record_options(options: Options) -> dict[str, Any]:
     return chosen | chosen.pop("layout")
 
 
+@functools.cache
 def _versions() -> dict[str, str]:
     return {name: version(name) for name in LIBRARIES}
 

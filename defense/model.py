@@ -5,6 +5,7 @@ StableDiffusionPipeline folder of safetensors that diffusers opens without this 
 or training.
 """
 
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -127,12 +128,18 @@ def build_tokenizer(length: int) -> CLIPTokenizer:
     if package is None or not package.submodule_search_locations:
         raise ModuleNotFoundError("CLIP's vocabulary comes with open-clip-torch", name="open-clip-torch")
     path = Path(package.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
+    vocabulary, merges = read_vocabulary(path, MERGES)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
+
+
+@functools.cache
+def read_vocabulary(path: Path, count: int) -> tuple[dict[str, int], list[Any]]:
+    """The number of every token, and the first `count` pairs of tokens that merge."""
     lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-    merges: list[Any] = [tuple(line.split()) for line in lines[1 : MERGES + 1]]
+    merges: list[Any] = [tuple(line.split()) for line in lines[1 : count + 1]]
     alphabet = list(bytes_to_unicode().values())
     words = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
-    vocabulary = {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
+    return {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}, merges
 
 
 def load_autoencoder(folder: Path) -> AutoencoderKL:
