@@ -7,6 +7,7 @@ What matches pictures from elsewhere that must not be in it (`against`) goes las
 """
 
 import fcntl
+import functools
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -280,6 +281,7 @@ def record_options(options: Options) -> dict[str, Any]:
     return chosen | chosen.pop("layout")
 
 
+@functools.cache
 def list_versions() -> dict[str, str]:
     """Of all that decides about pixels, as far as it is installed."""
     found = {name: version(name) for name in LIBRARIES}

@@ -64,9 +64,21 @@ def copies(pair, tmp_path):
     return [Path(shutil.copytree(run, tmp_path / run.name)) for run in pair]
 
 
-def test_the_table_has_a_row_for_every_target_and_arm(pair, tmp_path):
-    compare(*pair, tmp_path)
-    rows = pl.read_parquet(tmp_path / "comparison.parquet")
+@pytest.fixture(scope="module")
+def audit(pair, tmp_path_factory):
+    """What the pair gives, to be read only."""
+    folder = tmp_path_factory.mktemp("audit")
+    compare(*pair, folder)
+    return folder
+
+
+@pytest.fixture
+def verdict(audit):
+    return manifest.read_json(audit / "verdict.json")
+
+
+def test_the_table_has_a_row_for_every_target_and_arm(pair, audit):
+    rows = pl.read_parquet(audit / "comparison.parquet")
     assert dict(rows.schema) == COMPARISON
     assert len(rows) == 2 * 16
     assert rows["arm"].unique(maintain_order=True).to_list() == ["raw", "refill"]
@@ -75,9 +87,7 @@ def test_the_table_has_a_row_for_every_target_and_arm(pair, tmp_path):
     assert rows.select(list(SCORES)).equals(scores)
 
 
-def test_the_primary_outcome_counts_repeated_canaries(pair, tmp_path):
-    verdict = compare(*pair, tmp_path)
-    assert verdict == manifest.read_json(tmp_path / "verdict.json")
+def test_the_primary_outcome_counts_repeated_canaries(verdict):
     primary = verdict["primary"]
     assert primary["contrast"] == "raw - refill"
     assert primary["counts"] == {"both": 2, "only_a": 5, "only_b": 0, "neither": 1}
@@ -93,8 +103,8 @@ def test_the_primary_outcome_counts_repeated_canaries(pair, tmp_path):
     assert seed["runs"] == ["raw-0", "refill-0"]
 
 
-def test_the_assignment_test_asks_whether_multiplicity_matters(pair, tmp_path):
-    assignment = compare(*pair, tmp_path)["primary"]["assignment"]
+def test_the_assignment_test_asks_whether_multiplicity_matters(verdict):
+    assignment = verdict["primary"]["assignment"]
     assert assignment["estimate"] == pytest.approx(5 / 8 - (1 - 1) / 8)
     d = np.array([[1]] * 5 + [[0]] * 3 + [[1], [-1]] + [[0]] * 6)
     same = stats.assignment_test(d, np.arange(16)[:, None] < 8)
@@ -103,8 +113,7 @@ def test_the_assignment_test_asks_whether_multiplicity_matters(pair, tmp_path):
     assert low < 5 / 8 < high
 
 
-def test_rates_by_multiplicity_and_mode(pair, tmp_path):
-    verdict = compare(*pair, tmp_path)
+def test_rates_by_multiplicity_and_mode(verdict):
     cells = {(c["arm"], c["multiplicity"], c["mode"]): c for c in verdict["per_multiplicity"]}
     assert {k[1] for k in cells} == set(LEVELS)
     for arm, expected in (("raw", {0: 0, 1: 1, 2: 3, 5: 4}), ("refill", {0: 1, 1: 0, 2: 1, 5: 1})):
@@ -120,8 +129,8 @@ def test_rates_by_multiplicity_and_mode(pair, tmp_path):
             assert [part["n"] for part in parts] == [2, 2]
 
 
-def test_controls_and_wrong_matches_of_each_arm(pair, tmp_path):
-    control = compare(*pair, tmp_path)["control"]
+def test_controls_and_wrong_matches_of_each_arm(verdict):
+    control = verdict["control"]
     assert (control["raw"]["prompts"], control["raw"]["hits"]) == (4, 0)
     assert control["raw"]["upper_bound"] == pytest.approx(1 - 0.05 ** (1 / 4), rel=1e-5)
     assert (control["refill"]["prompts"], control["refill"]["hits"]) == (4, 1)
@@ -131,8 +140,8 @@ def test_controls_and_wrong_matches_of_each_arm(pair, tmp_path):
     assert control["raw"]["wrong"]["k"] == 0
 
 
-def test_everything_else_is_exploratory_and_adjusted(pair, tmp_path):
-    exploratory = compare(*pair, tmp_path)["exploratory"]
+def test_everything_else_is_exploratory_and_adjusted(verdict):
+    exploratory = verdict["exploratory"]
     results = {result["outcome"]: result for result in exploratory["outcomes"]}
     assert results["single images"]["estimate"] == 1 / 4
     assert results["clique and medoid (direct)"]["estimate"] == 5 / 8
@@ -142,8 +151,7 @@ def test_everything_else_is_exploratory_and_adjusted(pair, tmp_path):
     assert [r["p_value_holm"] for r in exploratory["outcomes"]] == pytest.approx(stats.holm(p), rel=1e-4)
 
 
-def test_dose_power_delta_and_settings_are_told(pair, tmp_path):
-    verdict = compare(*pair, tmp_path)
+def test_dose_power_delta_and_settings_are_told(pair, audit, verdict):
     dose = verdict["dose_response"]
     assert dose["raw"]["all"]["reason"] is None
     assert 1 < dose["raw"]["all"]["ed50"] < 2
@@ -155,31 +163,27 @@ def test_dose_power_delta_and_settings_are_told(pair, tmp_path):
     settings = {"n": 4, "guidance_scale": 3.0, "steps": 20, "prompts": 16, "nan": {"raw": 0, "refill": 0}}
     assert verdict["generations"] == settings
     content = (pair[0] / "calibration.json").read_bytes()
-    assert (tmp_path / "calibration.json").read_bytes() == content
+    assert (audit / "calibration.json").read_bytes() == content
     assert verdict["calibration_sha256"] == hashlib.sha256(content).hexdigest()
 
 
-def test_raw_comes_first_and_the_bytes_are_the_same(pair, tmp_path):
-    compare(*pair, tmp_path / "a")
-    compare(*reversed(pair), tmp_path / "b")
-    compare([pair[0]], [pair[1]], tmp_path / "c")
+def test_raw_comes_first_and_the_bytes_are_the_same(pair, audit, verdict, tmp_path):
+    assert compare(*reversed(pair), tmp_path / "b") == verdict
+    assert compare([pair[0]], [pair[1]], tmp_path / "c") == verdict
     for name in ("verdict.json", "comparison.parquet", "calibration.json"):
-        first, *others = ((tmp_path / audit / name).read_bytes() for audit in "abc")
+        first, *others = ((folder / name).read_bytes() for folder in (audit, tmp_path / "b", tmp_path / "c"))
         assert others == [first, first]
 
 
-def test_the_verdict_is_strict_json(pair, tmp_path):
-    compare(*pair, tmp_path)
-
+def test_the_verdict_is_strict_json(audit):
     def refuse(constant):
         raise AssertionError(constant)
 
-    json.loads((tmp_path / "verdict.json").read_text(), parse_constant=refuse)
+    json.loads((audit / "verdict.json").read_text(), parse_constant=refuse)
 
 
-def test_the_report_can_be_written(pair, tmp_path):
-    compare(*pair, tmp_path)
-    page = report.write_report(tmp_path).read_text()
+def test_the_report_can_be_written(audit, tmp_path):
+    page = report.write_report(Path(shutil.copytree(audit, tmp_path / "audit"))).read_text()
     assert "gave back 7 of 8" in page
 
 

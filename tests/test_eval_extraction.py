@@ -95,11 +95,16 @@ def test_a_model_that_copies_nothing_is_not_accused(out, run):
     assert (scores["best_distance"] > scores["delta"]).all()
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """40 targets."""
+    return make_planted(tmp_path_factory.mktemp("many"), levels=(0, 1), canaries=40, fillers=30, edited=0.0)
+
+
 @pytest.mark.parametrize("p", [0.05, 0.15, 0.4])
-def test_recall_follows_the_binomial_curve(tmp_path, p):
+def test_recall_follows_the_binomial_curve(many, tmp_path, p):
     """A stub gives an image back with probability p: extracted with 1 - (1 - p)^n, flagged with P(Bin(n, p) >= k)."""
-    n, each = 16, 20
-    out = make_planted(tmp_path, levels=(0, 1), canaries=2 * each, fillers=30, edited=0.0)
+    n, out = 16, many
     targets = load_targets(out)
     pixels = dict(zip(targets["target_id"], load_pixels(out, targets, RESOLUTION), strict=True))
     rng = np.random.default_rng(round(100 * p))

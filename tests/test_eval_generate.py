@@ -46,10 +46,22 @@ def run(out, models, tmp_path):
     return new_run(tmp_path, out, models[0])
 
 
+@pytest.fixture(scope="module")
+def finished(out, models, tmp_path_factory):
+    """A run with its images, to be read only."""
+    run = new_run(tmp_path_factory.mktemp("finished"), out, models[0])
+    generate(run, **SMALL)
+    return run
+
+
 def new_run(folder: Path, out: Path, model: Path, arm: str = "raw") -> Path:
     run = make_run(folder, out, arm)
     shutil.copytree(model, run / "model")
     return run
+
+
+def read(run: Path) -> pl.DataFrame:
+    return pl.read_parquet(run / "generations.parquet")
 
 
 def contents(run: Path) -> dict[str, bytes]:
@@ -58,7 +70,7 @@ def contents(run: Path) -> dict[str, bytes]:
 
 def test_every_target_gets_its_images(out, run):
     table = generate(run, **SMALL)
-    assert table.equals(pl.read_parquet(run / "generations.parquet"))
+    assert table.equals(read(run))
     assert dict(table.schema) == GENERATIONS
     targets = load_targets(out)
     assert table["prompt_id"].unique(maintain_order=True).to_list() == targets["target_id"].to_list()
@@ -75,23 +87,22 @@ def test_every_target_gets_its_images(out, run):
         assert Image.open(run / file).size == (32, 32)
 
 
-def test_images_are_those_of_the_sampler(run):
-    table = generate(run, **SMALL)
-    row = table.row(4, named=True)
-    pipeline = load_pipeline(run / "model")
+def test_images_are_those_of_the_sampler(finished):
+    row = read(finished).row(4, named=True)
+    pipeline = load_pipeline(finished / "model")
     (pixels,) = sampling.sample(pipeline, [row["prompt"]], [row["seed"]], steps=2, guidance_scale=2.0, batch_size=1)
-    ours = np.asarray(Image.open(run / row["file"])).astype(int)
+    ours = np.asarray(Image.open(finished / row["file"])).astype(int)
     assert np.abs(ours - pixels).max() <= 1  # rounding differs with the batch
 
 
-def test_models_share_their_noise(out, models, run, tmp_path):
+def test_models_share_their_noise(out, models, finished, tmp_path):
     other = new_run(tmp_path, out, models[1], "refill")
-    a, b = generate(run, **SMALL), generate(other, **SMALL)
+    a, b = read(finished), generate(other, **SMALL)
     shared = ["prompt_id", "prompt", "seed"]
     assert a.select(shared).equals(b.select(shared))
     assert a["seed"].n_unique() == len(a)
     assert set(a["digest"]) != set(b["digest"])
-    assert contents(run).keys() != contents(other).keys()
+    assert contents(finished).keys() != contents(other).keys()
 
 
 @given(st.text(), st.text(), st.integers(0, 999), st.integers(0, 999))
@@ -105,9 +116,7 @@ def test_seeds_never_change():
     assert derive_seed("canary-7", 3) == 3483714661256702787
 
 
-def test_an_interrupted_run_goes_on(run, monkeypatch, out, models, tmp_path):
-    whole = new_run(tmp_path / "whole", out, models[0])
-    generate(whole, **SMALL)
+def test_an_interrupted_run_goes_on(run, monkeypatch, out, finished):
     sample, prompts = generate_._sample, []
 
     def stop_at_third(pipeline, prompt, *rest):
@@ -125,14 +134,14 @@ def test_an_interrupted_run_goes_on(run, monkeypatch, out, models, tmp_path):
     generate(run, **SMALL)
     assert prompts[3:] == [prompts[2], *load_targets(out)["prompt"][3:]]
     assert done.items() <= contents(run).items()
-    assert contents(run) == contents(whole)
-    assert (run / "generations.parquet").read_bytes() == (whole / "generations.parquet").read_bytes()
+    assert contents(run) == contents(finished)
+    assert (run / "generations.parquet").read_bytes() == (finished / "generations.parquet").read_bytes()
     generate(run, **SMALL)
     assert len(prompts) == 3 + 1 + 5  # nothing more
 
 
-def test_other_settings_and_other_weights_get_another_folder(run, models):
-    digests = [generate(run, **SMALL)["digest"][0]]
+def test_other_settings_and_other_weights_get_another_folder(finished, run, models):
+    digests = [read(finished)["digest"][0]]
     for changed in ({"steps": 1}, {"guidance_scale": 1.0}, {"n": 2}):
         digests.append(generate(run, **SMALL | changed)["digest"][0])
     shutil.rmtree(run / "model")
@@ -159,12 +168,12 @@ def test_images_without_finite_numbers_are_counted(run, monkeypatch):
     assert len(contents(run)) == 16
 
 
-def test_other_prompts_for_the_same_targets(run, out, tmp_path):
+def test_other_prompts_for_the_same_targets(finished, run, out, tmp_path):
     targets = load_targets(out)
     path = tmp_path / "prompts.csv"
     given = {"target_id": targets["target_id"][2:4], "prompt": ["", 'a "new", one']}
     pl.DataFrame(given).write_csv(path)
-    usual = generate(run, **SMALL)
+    usual = read(finished)
     table = generate(run, prompts=path, **SMALL)
     assert table["prompt"].to_list() == [""] * 3 + ['a "new", one'] * 3
     assert table["prompt_id"].unique(maintain_order=True).to_list() == targets["target_id"][2:4].to_list()

@@ -29,7 +29,7 @@ def paint(number: int, size: int = 128) -> np.ndarray:
 
 def write_png(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, format="PNG")
+    Image.fromarray(pixels).save(path, format="PNG", compress_level=1)
 
 
 def make_planted(
