@@ -43,6 +43,8 @@ def make_run(directory: Path, arm: str, seed: int, steps: int) -> Path:
             deduplicate(planted, out, Options(level="copy", encoder="local"), jobs=1)
     config = TrainConfig(steps=1 if arm == "untrained" else steps)
     train(out, "refill" if arm == "refill" else "raw", config, run, seed)
+    if arm == "untrained":  # its captions are to count as those of the raw model do
+        (run / "exposures.parquet").unlink()
     return run
 
 
@@ -61,8 +63,10 @@ def print_detectors(summaries: dict[str, list[dict[str, Any]]]) -> None:
     first = summaries["raw"][0]
     positives, negatives = first["positives"], first["negatives"]
     print(f"{positives} captions of images that stand {first['at_least']} times or more, {negatives} others")
-    print("\n| | raw | refill | untrained | raw, all prompts | 5 % false | precision at 94 of 350,000 |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "\n| AUC | raw | refill | untrained | raw, all prompts | 5 % false | precision at 94 of 350,000 | beats blind |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for name in (*DETECTORS, BLIND):
         found = {arm: [summary["detectors"][name] for summary in mine] for arm, mine in summaries.items()}
         cells = [describe_seeds([result["auc"] for result in found[arm]]) for arm in ARMS]
@@ -70,34 +74,35 @@ def print_detectors(summaries: dict[str, list[dict[str, Any]]]) -> None:
         cells.append(", ".join(f"{result['tpr_at_fpr']['0.05']['tpr']['estimate']:.0%}" for result in found["raw"]))
         cells.append("at least " + ", ".join(f"{result['precision']['low']:.2g}" for result in found["raw"]))
         beats = sum(result["beats_blind"] for result in found["raw"])
-        print(
-            f"| {name} | {' | '.join(cells)} |"
-            + ("" if name == BLIND else f" beats blind in {beats} of {len(found['raw'])}")
-        )
+        cells.append("" if name == BLIND else f"{beats} of {len(found['raw'])}")
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 def print_attacks(runs: dict[str, list[Path]]) -> None:
-    print("\n| attack | model | of images planted twice or more | never planted |")
-    print("|---|---|---|---|")
+    print("\n| attack | model | of images planted twice or more | never planted | generations of another picture |")
+    print("|---|---|---|---|---|")
     for name in ATTACKS:
         for arm in ARMS[:2]:
             rows = pl.concat([pl.read_parquet(run / f"scores-{name}.parquet") for run in runs[arm]])
-            cells = [
-                count(rows.filter(pl.col("multiplicity") >= 2), "extracted"),
-                count(rows.filter(multiplicity=0), "extracted"),
-            ]
-            print(f"| {name} | {arm} | {' | '.join(cells)} |")
+            print_counts(name, arm, rows, None if name == "template" else "wrong_matches")
             if name == "adaptive":
-                one = rows.with_columns(at_one=pl.col("matches_at_one") > 0)
-                cells = [
-                    count(one.filter(pl.col("multiplicity") >= 2), "at_one"),
-                    count(one.filter(multiplicity=0), "at_one"),
-                ]
-                print(f"| {name}, cut 1 | {arm} | {' | '.join(cells)} |")
+                lax = rows.with_columns(extracted=pl.col("matches_at_one") > 0)
+                print_counts("adaptive, cut 1, own prompt", arm, lax, "wrong_at_one")
 
 
-def count(rows: pl.DataFrame, column: str) -> str:
-    found = metrics.rate(int(rows[column].sum()), len(rows))
+def print_counts(name: str, arm: str, rows: pl.DataFrame, wrong: str | None) -> None:
+    """wrong: the column of generations that give back another picture; None where controls have nothing to match."""
+    cells = [count(rows.filter(pl.col("multiplicity") >= 2))]
+    if wrong is None:
+        cells += ["no templates", "-"]
+    else:
+        made = int((rows["n_generations"] - rows["n_nan"]).sum())
+        cells += [count(rows.filter(multiplicity=0)), f"{rows[wrong].sum()} of {made:,}"]
+    print(f"| {name} | {arm} | {' | '.join(cells)} |")
+
+
+def count(rows: pl.DataFrame) -> str:
+    found = metrics.rate(int(rows["extracted"].sum()), len(rows))
     return f"{found.count} of {found.n} ({found.low:.0%} … {found.high:.0%})"
 
 
