@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from dedup import candidates, neighbours
+from dedup import candidates, neighbours, threshold
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -68,18 +68,26 @@ def test_a_crowd_of_drawings_does_not_hide_the_copies_of_photographs() -> None:
     assert plain.filter((pl.col("j") - pl.col("i") == 200) & (pl.col("i") >= n // 2)).height < copies / 2
 
 
+@pytest.fixture(scope="module")
+def unrelated() -> tuple[candidates.Views, np.ndarray]:
+    """Views of pictures without copies, and their random scores."""
+    views = candidates.see(two_kinds(copies=0), None, 1)
+    return views, candidates.score_random(views)["score"].to_numpy()
+
+
 @pytest.mark.parametrize("wanted", [3_000.0, 60_000.0])
-def test_no_more_unrelated_pairs_than_were_allowed(wanted: float) -> None:
+def test_no_more_unrelated_pairs_than_were_allowed(
+    unrelated: tuple[candidates.Views, np.ndarray], wanted: float
+) -> None:
     """Fewer, because the highest scores are not trusted: they may be those of related pictures."""
-    vectors = two_kinds(copies=0)
-    views = candidates.see(vectors, None, 1)
-    floor = candidates.choose_floor(candidates.score_random(views)["score"].to_numpy(), len(vectors), wanted)
+    views, scores = unrelated
+    n = len(views.upright)
+    floor = candidates.choose_floor(scores, n, wanted)
     assert floor is not None
-    i, j = np.triu_indices(len(vectors), 1)
-    sample = np.random.default_rng(2).choice(len(i), 2_000_000, replace=False)
-    counted = (views.score(i[sample], j[sample])["score"] >= floor.value).sum() * len(i) / len(sample)
+    sample = threshold.sample_pairs(n, 1_000_000, seed=2)
+    counted = (views.score(*sample)["score"] >= floor.value).mean() * n * (n - 1) / 2
     assert counted < wanted
-    assert counted > wanted / 10 or wanted < len(vectors)
+    assert counted > wanted / 10 or wanted < n
 
 
 def test_few_pictures_have_no_floor() -> None:

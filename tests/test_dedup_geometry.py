@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import combinations
 
 import cv2
@@ -44,7 +45,12 @@ def write(picture: Picture, text: str, place: tuple[int, int], size: int = 28) -
 
 
 def match(a: np.ndarray, b: np.ndarray) -> Match | None:
-    return geometry.match(features.extract(a), features.extract(b))
+    return geometry.match(*(extract(picture.tobytes(), picture.shape) for picture in (a, b)))
+
+
+@lru_cache(maxsize=100)
+def extract(data: bytes, shape: tuple[int, ...]) -> Features:
+    return features.extract(np.frombuffer(data, np.uint8).reshape(shape))
 
 
 def judge(a: np.ndarray, b: np.ndarray, found: Match | None) -> str | None:

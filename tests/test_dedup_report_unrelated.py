@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,20 @@ FLOOR, PAIRS = 0.3, 4_000_000
 ROWS = pl.DataFrame({name: [] for name in ("id", "key", "caption", "thumb")})
 
 
+@cache
+def fit_tail(scale: float) -> threshold.Tail:
+    return threshold.fit_tail(np.random.default_rng(0).exponential(scale, 40_000), PAIRS)
+
+
+@cache
+def write_null(scale: float) -> str:
+    tail = fit_tail(scale)
+    return json.dumps(threshold.describe(tail) | {"expected_at_floor": tail.expected(FLOOR)})
+
+
 def describe_null(scale: float = 0.05) -> dict[str, Any]:
     """As it comes back from run.json."""
-    tail = threshold.fit_tail(np.random.default_rng(0).exponential(scale, 40_000), PAIRS)
-    return json.loads(json.dumps(threshold.describe(tail) | {"expected_at_floor": tail.expected(FLOOR)}))
+    return json.loads(write_null(scale))
 
 
 def make_search(**more: Any) -> dict[str, Any]:
@@ -63,10 +74,8 @@ def test_the_curve_in_words_and_in_numbers(page: Page, data: Dataset) -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_mark_stands_on_the_curve_inside_the_frame(page: Page, data: Dataset, side: str) -> None:
-    null = describe_null()
-    tail = threshold.fit_tail(np.random.default_rng(0).exponential(0.05, 40_000), PAIRS)
     floor = -0.05 if side == "left" else 0.9  # beyond the points of the curve
-    null |= {"expected_at_floor": tail.expected(floor)}
+    null = describe_null() | {"expected_at_floor": fit_tail(0.05).expected(floor)}
     data.show(page, copy_search=make_search(floor=floor, null=null))
     numbers = "points => points.trim().split(/[ ,]/).map(Number)"
     line, band = (

