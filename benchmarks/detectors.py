@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import polars as pl
 import typer
 
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 from dedup.plant import plant
 from dedup.sources.demo import render_demo
 from defense.train import TrainConfig, train

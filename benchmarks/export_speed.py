@@ -25,7 +25,7 @@ from PIL import Image
 
 from dedup import manifest
 from dedup.export import Options, export
-from dedup.pipeline import Options as DedupOptions
+from dedup.options import Options as DedupOptions
 from dedup.pipeline import deduplicate
 from dedup.sources.demo import write_shard
 

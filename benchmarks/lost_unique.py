@@ -27,7 +27,8 @@ from PIL import Image
 
 from dedup import images, manifest, sources, verify
 from dedup.images import SUFFIXES, ImageError
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 from eval.stats import clopper_pearson
 
 MEASURES = ["hamming", "residual", "worst_tile", "inliers", "overlap"]

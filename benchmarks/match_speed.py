@@ -31,7 +31,8 @@ from PIL import Image
 
 from dedup import candidates, features, index, match, neighbours, products, threshold
 from dedup.images import SUFFIXES
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 from dedup.reader import ROWS
 
 GRID = 3

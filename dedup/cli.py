@@ -112,7 +112,8 @@ def dedup(
     json_: JsonOption = False,
 ) -> None:
     """Find duplicates in SRC and decide what to keep. Example: unmemorize dedup photos -o photos-dedup"""
-    from dedup.pipeline import Options, deduplicate, resolve_auto
+    from dedup.options import Options, resolve_auto
+    from dedup.pipeline import deduplicate
     from dedup.sources import Layout, Transfer, is_elsewhere, name_source
     from dedup.subjects import CAUTION
 

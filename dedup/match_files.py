@@ -18,9 +18,10 @@ from typing import Any
 import polars as pl
 from tqdm import tqdm
 
-from dedup import engine, fingerprint, hashing, look, manifest, match, pipeline, queries, sources
+from dedup import engine, fingerprint, hashing, look, manifest, match, queries, sources
 from dedup.index import Index
 from dedup.manifest import Schema
+from dedup.options import OptionsError, list_versions, lock
 
 PART = 512  # queries that are described, searched for and compared together
 NAMES = ("file", "key")  # columns that may say which query a prompt belongs to
@@ -55,15 +56,15 @@ def match_files(
     out, folder = out.resolve(), folder.resolve()
     pictures, layout = sources.fetch(pictures, sources.Layout(), sources.Transfer(folder / "download"))
     if pictures == folder or pictures in folder.parents:
-        raise pipeline.OptionsError(f"{folder} lies inside {pictures}: choose another folder with -o")
+        raise OptionsError(f"{folder} lies inside {pictures}: choose another folder with -o")
     told = pl.DataFrame(schema={"name": pl.String, "prompt": pl.String}) if prompts is None else read_prompts(prompts)
     shards = queries.list_shards(pictures, layout)
     index = match.load(out)
     options = {"images": str(pictures), "against": str(out), "max_false_pairs": max_false_pairs}
-    versions = pipeline.list_versions()
+    versions = list_versions()
     decisive = [options, versions, [shard.fingerprint for shard in shards], told.rows(), (out / "run.json").read_text()]
     folder.mkdir(parents=True, exist_ok=True)
-    with pipeline.lock(folder), engine.Workers(jobs) as workers:
+    with lock(folder), engine.Workers(jobs) as workers:
         work = folder / ".match" / hashing.digest(repr(decisive).encode())[:20]
         for stale in set((folder / ".match").glob("*")) - {work}:
             shutil.rmtree(stale)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from dedup import manifest
 from dedup.engine import available_cpus
-from dedup.pipeline import lock
+from dedup.options import lock
 from dedup.subjects import CAUTION
 from defense import lora, model
 from defense.arms import count_steps, select_rows

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dedup import engine, manifest
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 from dedup.plant import plant
 from dedup.report import write_report as write_dedup_report
 from dedup.sources.demo import render_demo

@@ -64,7 +64,7 @@ def generate(
     prompts: CSV file with the columns target_id and prompt: other prompts, for these targets only.
     Raises GenerateError, TargetError, ModelError or OSError.
     """
-    from dedup.pipeline import lock
+    from dedup.options import lock
 
     if n < 1 or steps < 1:
         raise GenerateError(f"n = {n} images in steps = {steps}: both must be at least 1")

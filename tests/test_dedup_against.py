@@ -18,7 +18,8 @@ from dedup import against, copies, manifest, neighbours, queries, sources
 from dedup.cli import app
 from dedup.export import Options as ExportOptions
 from dedup.export import export
-from dedup.pipeline import Options, OptionsError, deduplicate
+from dedup.options import Options, OptionsError
+from dedup.pipeline import deduplicate
 
 RESULTS = [
     "manifest/00000.parquet",

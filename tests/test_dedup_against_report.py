@@ -11,7 +11,8 @@ from test_dedup_copies import WEB
 from test_dedup_geometry import add_shop_frame
 
 from dedup import against_report, manifest, report
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 DATASET = {

@@ -19,8 +19,9 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from dedup import manifest, pipeline, sources
-from dedup.pipeline import Options, OptionsError, OutputError, deduplicate
+from dedup import manifest, options, pairing, sources
+from dedup.options import Options, OptionsError, OutputError
+from dedup.pipeline import deduplicate
 from dedup.sources import SourceError, folder, webdataset
 
 NOBODY = 65_534
@@ -401,13 +402,13 @@ def test_a_file_that_changes_before_it_is_read_again(
         "cut": lambda: os.truncate(target, 700),
         "other bytes": lambda: target.write_bytes(bytes(target.stat().st_size)),
     }
-    find = pipeline.find_candidates
+    find = pairing.find_candidates
 
     def change_and_find(*arguments: object) -> pl.DataFrame:
         changes[change]()
         return find(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pipeline, "find_candidates", change_and_find)
+    monkeypatch.setattr(pairing, "find_candidates", change_and_find)
     with pytest.raises(SourceError, match=r"has the source changed|has changed while it was read") as caught:
         deduplicate(src, tmp_path / "out", Options(), jobs=1)
     assert "\n" not in str(caught.value)
@@ -441,7 +442,7 @@ def test_two_runs_into_one_out(tmp_path: Path) -> None:
     src = fill(tmp_path / "src", {"a.png": picture(0)})
     out = tmp_path / "out"
     out.mkdir()
-    with pipeline.lock(out), pytest.raises(OutputError, match="is in use by another run") as caught:
+    with options.lock(out), pytest.raises(OutputError, match="is in use by another run") as caught:
         deduplicate(src, out, Options(), jobs=1)
     assert "\n" not in str(caught.value)
     deduplicate(src, out, Options(), jobs=1)

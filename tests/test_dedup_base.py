@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 
 from dedup import base, clustering, features, fingerprint, images, manifest, sources
 from dedup.cli import app
-from dedup.pipeline import Options, OptionsError, deduplicate, resolve_auto
+from dedup.options import Options, OptionsError, resolve_auto
+from dedup.pipeline import deduplicate
 
 RESULTS = ["manifest/00000.parquet", "pairs.parquet", "deduplicated.parquet", "kept.txt", "dropped.csv"]
 MIRROR = Image.Transpose.FLIP_LEFT_RIGHT

@@ -27,7 +27,8 @@ from dedup import (
     vectors,
 )
 from dedup.fingerprint import DecodeOptions
-from dedup.pipeline import Options, OptionsError, deduplicate
+from dedup.options import Options, OptionsError
+from dedup.pipeline import deduplicate
 
 type Picture = Image.Image
 

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from dedup import exports, manifest, sources
 from dedup.export import MARK, Options, export, keep
 from dedup.exports import ExportError
-from dedup.pipeline import Options as DedupOptions
+from dedup.options import Options as DedupOptions
 from dedup.pipeline import deduplicate
 from dedup.sources import Layout, SourceError, Transfer
 from eval.cli import app

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from dedup import manifest, sources
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 from dedup.sources import SourceError, folder
 
 

@@ -19,7 +19,8 @@ from test_dedup_parquet import damage, read_whatever
 from typer.testing import CliRunner
 
 from dedup import manifest, sources
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 from dedup.sources import Layout, SourceError, parquet
 from eval.cli import app
 

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from dedup import detail, images, manifest
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 
 
 def kept(src: Path, out: Path, **options: str) -> set[str]:

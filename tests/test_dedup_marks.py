@@ -12,7 +12,8 @@ from PIL import Image
 from test_dedup_pipeline import picture
 
 from dedup import manifest, marks
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 
 FILES = ("manifest/00000.parquet", "pairs.parquet", "run.json", "dropped.csv", "deduplicated.jsonl", "decisions.json")
 

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from dedup import features, index, manifest, match, match_files, match_report, sources, threshold, vectors
 from dedup import queries as queries_module
 from dedup.cli import TooManyBad, app
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 
 type Picture = Image.Image
 

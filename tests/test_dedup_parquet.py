@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 
 from dedup import manifest, sources
 from dedup.canaries import read_pool
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 from dedup.sources import Layout, SourceError, parquet
 from eval.cli import app
 

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from dedup import manifest, sources
-from dedup.pipeline import Options, OptionsError, deduplicate, resolve_auto
+from dedup.options import Options, OptionsError, resolve_auto
+from dedup.pipeline import deduplicate
 
 
 def picture(seed: int, size: int = 160) -> Image.Image:

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from dedup import manifest, search
 from dedup.export import Options as ExportOptions
 from dedup.export import export
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 from dedup.policy import PolicyError
 from dedup.report import write_report
 from eval.cli import app

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from dedup import manifest, sources
 from dedup.export import export
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 from dedup.sources import Layout, SourceError, Transfer, remote
 from eval.cli import app
 

@@ -13,7 +13,8 @@ from test_dedup_report import EVIL, EVIL_KEY, Dataset, choose, draw_picture, enc
 from test_dedup_report_pages import make_many
 
 from dedup import gallery, manifest, marks, report
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 
 
 @pytest.fixture

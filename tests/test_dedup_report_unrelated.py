@@ -14,6 +14,7 @@ from test_dedup_report import EVIL, EVIL_KEY, Dataset, draw_picture, encode, loa
 from test_dedup_report_overlay import draw_texture
 
 from dedup import pipeline, report, threshold
+from dedup.options import Options
 
 FLOOR, PAIRS = 0.3, 4_000_000
 ROWS = pl.DataFrame({name: [] for name in ("id", "key", "caption", "thumb")})
@@ -168,7 +169,7 @@ def test_a_run_records_what_the_section_needs(page: Page, tmp_path: Path) -> Non
     data = Dataset(tmp_path)
     for number in range(50):
         data.add_picture(f"{number}.png", draw_texture(number, 96, 128))
-    pipeline.deduplicate(data.src, data.out, pipeline.Options(level="copy", encoder="local"), jobs=1)
+    pipeline.deduplicate(data.src, data.out, Options(level="copy", encoder="local"), jobs=1)
     report.write_report(data.out, jobs=1)
     open_report(page, data.out)
     recorded = json.loads((data.out / "run.json").read_text())["counts"]["copy_search"]

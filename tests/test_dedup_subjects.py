@@ -23,7 +23,8 @@ from dedup import subjects
 from dedup.export import Options as ExportOptions
 from dedup.export import export
 from dedup.manifest import read_json
-from dedup.pipeline import Options, OptionsError, deduplicate
+from dedup.options import Options, OptionsError
+from dedup.pipeline import deduplicate
 from dedup.sources import Layout, SourceError
 from dedup.subjects import SubjectError
 from defense.data import hold_out

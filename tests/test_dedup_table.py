@@ -17,7 +17,8 @@ from test_dedup_parquet import run_and_measure
 from typer.testing import CliRunner
 
 from dedup import manifest, sources
-from dedup.pipeline import Options, OptionsError, deduplicate
+from dedup.options import Options, OptionsError
+from dedup.pipeline import deduplicate
 from dedup.sources import Layout, SourceError, table
 from eval.cli import app
 

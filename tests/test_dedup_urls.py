@@ -17,7 +17,8 @@ from test_dedup_download import Site, picture, serve
 from dedup import manifest, sources
 from dedup.export import Options as ExportOptions
 from dedup.export import export
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 from dedup.sources import Layout, SourceError, Transfer, urls
 
 

@@ -15,7 +15,8 @@ from test_dedup_copies import write_groups
 from test_dedup_features import photograph
 
 from dedup import copies, look, manifest, pipeline, reader
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 from dedup.verdicts import Verdicts
 
 ROOT = Path(__file__).parent.parent
@@ -128,7 +129,8 @@ def test_a_run_that_was_killed_goes_on(
 import os
 from pathlib import Path
 from dedup import overlay, reader
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 reader.REMEMBERED = 1
 overlay.align = lambda *_: os._exit(9)  # nobody tidies up; all features have been matched by then
 deduplicate({places}, Options("copy"), jobs=1)

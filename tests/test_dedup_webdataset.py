@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dedup import manifest, sources
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 from dedup.sources import SourceError, webdataset
 from dedup.sources.demo import write_shard
 

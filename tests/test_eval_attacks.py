@@ -8,7 +8,8 @@ from test_eval_extraction import disturb, fresh
 from test_eval_targets import RESOLUTION, make_plain, make_planted, make_run, paint, write_generations, write_png
 
 from dedup import manifest
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 from eval.calibrate import CalibrationError, calibrate
 from eval.distances import l2, scale
 from eval.extraction import ATTACKS, SCHEMAS, attack

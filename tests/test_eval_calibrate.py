@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from test_eval_targets import RESOLUTION, make_plain, make_planted
 
 from dedup import manifest
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 from eval import calibrate as calibration_
 from eval.calibrate import CalibrationError, calibrate, freeze
 from eval.distances import flip, l2, max_tile_l2, scale

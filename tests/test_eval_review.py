@@ -12,7 +12,8 @@ from test_dedup_report_overlay import draw_texture
 from typer.testing import CliRunner, Result
 
 from dedup import manifest, marks
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 from eval.cli import app
 from eval.precision import SampleError
 from eval.review import judge, write_review

@@ -12,7 +12,8 @@ from PIL import Image
 
 from dedup import manifest
 from dedup.hashing import digest
-from dedup.pipeline import Options, deduplicate
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 from dedup.plant import plant
 from eval.generate import GENERATIONS, derive_seed
 from eval.targets import REFERENCE, TARGETS, TargetError, load_pixels, load_reference, load_targets, load_yardstick

@@ -1,0 +1,122 @@
+"""Decisions → the finished manifest, and every file of OUT but the report.
+
+In: rows, pairs and decisions of a run. The files are described in docs/architecture.md.
+"""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from dedup import clustering, images, manifest, policy, sources, subjects
+from dedup.options import Options, list_versions, record_options
+
+
+def is_medical(rows: pl.DataFrame) -> bool:
+    return bool((rows["format"] == images.DICOM).any())
+
+
+def decide(rows: pl.DataFrame, pairs: pl.DataFrame, decisions: pl.DataFrame) -> pl.DataFrame:
+    """Rows, pairs and decisions → the finished manifest."""
+    evidence = _evidence(pairs, decisions)
+    joined = pl.concat([pairs.select("a", "b"), subjects.link_rows(rows["subject"])])
+    outside = rows["guarded"].gather(decisions["kept_id"]).fill_null(False)  # dropped for a split that is not theirs
+    table = pl.concat([rows, decisions, evidence], how="horizontal").with_columns(
+        keep=pl.col("keep") & (pl.col("status") == "ok"),
+        component_id=pl.Series(clustering.components(joined, len(rows))),
+        cluster_size=pl.len().over("cluster_id"),
+        reason=pl.when(outside)
+        .then(pl.lit("policy"))
+        .when(pl.col("kept_id").is_not_null())
+        .then(pl.col("signal").replace("pdq", "hash")),
+    )
+    stands = table.group_by("kept_id").agg(dropped=pl.len()).drop_nulls("kept_id")
+    table = table.join(stands, left_on="id", right_on="kept_id", how="left", maintain_order="left").with_columns(
+        represents=pl.when("keep").then(1 + pl.col("dropped").fill_null(0)).otherwise(0),
+        weight=pl.col("keep").cast(pl.Float64),
+    )
+    own = table.with_columns(kept_id=pl.when(~outside).then("kept_id"))
+    return manifest.conform(table.with_columns(captions=policy.merge_captions(own)))
+
+
+def _evidence(pairs: pl.DataFrame, decisions: pl.DataFrame) -> pl.DataFrame:
+    """class, signal, score, orientation of the deciding pair of each row, else of its strongest one."""
+    columns = ["class", "signal", "score", "orientation"]
+    numbered = pairs.with_row_index("pair").with_columns(pl.col("pair").cast(pl.Int64))
+    ends = pl.concat([numbered.rename({end: "id"}).select("id", "pair", *columns) for end in ("a", "b")])
+    strongest = ends.sort(pl.col("class") != "copy", -pl.col("score"), "pair").unique(
+        "id", keep="first", maintain_order=True
+    )
+    ids = decisions.select(id=pl.int_range(pl.len(), dtype=pl.Int64), pair=pl.col("pair").cast(pl.Int64))
+    best = ids.join(strongest.select("id", best="pair"), on="id", how="left", maintain_order="left")
+    chosen = best.select("id", pair=pl.coalesce("pair", "best"))
+    return chosen.join(numbered.select("pair", *columns), on="pair", how="left", maintain_order="left").select(columns)
+
+
+def write(
+    out: Path,
+    src: Path,
+    origin: str,
+    shards: list[sources.Shard],
+    sizes: list[int],
+    table: pl.DataFrame,
+    pairs: pl.DataFrame,
+    leaks: pl.DataFrame,
+    options: Options,
+    counts: dict[str, Any],
+    about: dict[str, Any],
+) -> dict:
+    """Every file of the contract but the report; `run.json` last, because its existence means finished.
+
+    about: what else `run.json` tells.
+    """
+    manifest.write(out, table)
+    manifest.write_parquet(out / "pairs.parquet", pairs)
+    kept = table.filter("keep")
+    ready = kept.select("id", "source", "shard", "offset", "size", "key", "caption", "captions", "represents", "weight")
+    manifest.write_parquet(out / "deduplicated.parquet", ready)
+    manifest.write_atomic(out / "deduplicated.jsonl", ready.write_ndjson)
+    place = pl.when(pl.col("shard").is_null()).then("key").otherwise(pl.concat_str("shard", pl.lit(":"), "key"))
+    evidence = table.select("id", "signal", "score", "orientation", row=place)
+    leaking = leaks.rename({"cluster_id": "picture"}).join(evidence, on="id", maintain_order="left").drop("id")
+    if leaking.is_empty():
+        (out / "leakage.csv").unlink(missing_ok=True)
+    else:
+        manifest.write_atomic(out / "leakage.csv", leaking.write_csv)
+    manifest.write_text(out / "kept.txt", "".join(f"{line}\n" for line in kept.select(place).to_series()))
+    names = table.select(id="id", kept=place)
+    gone = table.filter((pl.col("status") == "ok") & ~pl.col("keep"))
+    dropped = gone.join(names, left_on="kept_id", right_on="id", how="left", maintain_order="left")
+    listing = dropped.select(place.alias("dropped"), "kept", "reason", "signal", "score", "orientation")
+    manifest.write_atomic(out / "dropped.csv", listing.write_csv)
+    if (src / "plant.parquet").exists():
+        shutil.copyfile(src / "plant.parquet", out / "plant.parquet")
+    run: dict[str, Any] = {"src": str(src), "origin": origin}
+    run |= {"options": record_options(options), "versions": list_versions()}
+    layouts = [asdict(layout) for layout in dict.fromkeys(shard.layout for shard in shards)]
+    run |= {"layouts": layouts, "source": [shard.fingerprint for shard in shards], "shard_rows": sizes}
+    medical = options.layout.subject_column is not None or is_medical(table)
+    run |= about | {"medical": medical, "counts": counts}
+    manifest.write_json(out / "run.json", run)
+    return run
+
+
+def count(table: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, Any]:
+    """What happened to the rows, in numbers."""
+    dropped = table.filter((pl.col("status") == "ok") & ~pl.col("keep"))
+    unreadable = table.filter(pl.col("status") != "ok")
+    return {
+        "rows": len(table),
+        "kept": int(table["keep"].sum()),
+        "dropped": len(dropped),
+        "unreadable": len(unreadable),
+        "status": dict(sorted(table["status"].value_counts().iter_rows())),
+        "reasons": dict(sorted(dropped["reason"].value_counts().iter_rows())),
+        "pairs": dict(sorted(pairs["class"].value_counts().iter_rows())),
+        "bytes": int(table["size"].sum()),
+        "bytes_dropped": int(dropped["size"].sum()),
+        "without_caption": int(table.filter(~policy.has_caption())["id"].len()),
+        "captions": policy.count_captions(table),
+    }
