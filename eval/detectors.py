@@ -187,7 +187,7 @@ def detect(
     config = read_config(run)
     prompts = list_prompts(Path(config["out"]), run / "exposures.parquet", at_least, limit)
     torch.set_num_threads(config["config"]["threads"] or available_cpus())
-    pipeline = load_pipeline(run / "model")
+    pipeline = load_pipeline(run / "model", device=config.get("device", "auto"))
     digest = digest_model(run / "model", {"detect": n, "batch": BATCH})
     seeds = [[derive_seed(target, j) for j in range(n)] for target in prompts["prompt_id"]]
     scores = score_prompts(pipeline, prompts["prompt"].to_list(), seeds, names)

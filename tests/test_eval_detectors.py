@@ -208,7 +208,7 @@ def test_files_and_summary(out, run, monkeypatch):
     """A model that is its dataset knows canaries; what the summary says can be computed from the files."""
     rows = manifest.read(out).filter(pl.col("key").is_in(read_plant(out)["key"].drop_nulls().to_list()))
     pipeline = make_pipeline(load_pixels(out, rows, RESOLUTION), rows["caption"].to_list())
-    monkeypatch.setattr("defense.model.load_pipeline", lambda folder: pipeline)
+    monkeypatch.setattr("defense.model.load_pipeline", lambda folder, **_: pipeline)
     summary = detect(run, ["noise-magnitude", "agreement"], n=2, at_least=1)
     assert summary == json.loads((run / "detectors.json").read_text())
     table = pl.read_parquet(run / "scores-noise-magnitude.parquet")
