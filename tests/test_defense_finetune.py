@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +18,12 @@ from test_defense_data import make_dataset, readable, source
 from test_defense_model import build_ddpm, build_sd14, build_sdxl, save_base
 
 from defense import data, lora, model
+from defense import loop as loop_
 from defense import train as training
 from defense.config import TrainConfig
+from defense.loop import measure_error
 from defense.sampling import sample
-from defense.train import RunError, build_pipeline, measure_error, train
+from defense.train import RunError, build_pipeline, train
 
 KINDS = [("sd14", 0), ("sd14", 2), ("sdxl", 2), ("ddpm", 0)]  # class, and rank of the LoRA
 
@@ -201,6 +206,32 @@ def test_less_memory_gives_the_same_model(out, bases, kind, rank, tmp_path):
     assert {w.dtype for w in opened.unet.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
+def test_two_processes_train_the_same_model_as_one(out, bases, tmp_path):
+    """Started by accelerate, on CPUs; so also through the command line."""
+    config = configure(bases["sd14"], 2, steps=3, ema_decay=0.0)
+    train(out, "raw", config, tmp_path / "one", 0)
+    toml = [f"base = {str(bases['sd14'])!r}", "lora_rank = 2", "resolution = 16", "steps = 3", "batch_size = 4"]
+    toml += ["warmup_steps = 0", "checkpoint_every = 2", "device = 'cpu'", "ema_decay = 0.0"]
+    (tmp_path / "c.toml").write_text("\n".join(toml))
+    (tmp_path / "unmemorize.py").write_text("from eval.cli import main; main()")
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    verb = ["train", str(out), "--arm", "raw", "--config", str(tmp_path / "c.toml"), "-o", str(tmp_path / "two")]
+    command = [sys.executable, *launch, str(tmp_path / "unmemorize.py"), *verb]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": "."}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    found = [load_file(tmp_path / name / "model" / lora.FILE) for name in ("one", "two")]
+    assert found[0].keys() == found[1].keys()
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, atol=1e-4, rtol=1e-2)
+    assert (tmp_path / "two" / "exposures.parquet").read_bytes() == (
+        tmp_path / "one" / "exposures.parquet"
+    ).read_bytes()
+
+
 def test_arms_start_from_equal_weights(out, bases, tmp_path):
     records = []
     for arm, seed in (("raw", 0), ("refill", 0), ("raw", 1)):
@@ -258,12 +289,12 @@ def test_out_of_memory_names_the_keys_that_help(out, bases, tmp_path, monkeypatc
     def exhaust(*arguments, **options):
         torch.empty(2**62, dtype=torch.uint8)
 
-    monkeypatch.setattr(training, "measure_error", exhaust)
+    monkeypatch.setattr(loop_, "measure_error", exhaust)
     with pytest.raises(RunError, match="out of memory; less is needed with gradient_checkpointing = true") as caught:
         train(out, "raw", configure(bases["sd14"], precision="bfloat16"), tmp_path / "run", 0)
     assert "accumulation = 4, lora_rank = 4, a smaller resolution" in str(caught.value)
     assert "\n" not in str(caught.value)
-    monkeypatch.setattr(training, "measure_error", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(loop_, "measure_error", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(out, "raw", configure(bases["sd14"]), tmp_path / "other", 0)
 

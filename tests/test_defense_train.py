@@ -19,11 +19,13 @@ from safetensors.torch import load_file
 from test_defense_data import build_small, make_dataset, write_autoencoder
 
 from defense import data, model
+from defense import loop as loop_
 from defense import train as training
 from defense.arms import ArmError
 from defense.conditions import Conditions
 from defense.config import TrainConfig
-from defense.train import DivergedError, RunError, train
+from defense.loop import DivergedError, training_loop
+from defense.train import RunError, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -216,7 +218,7 @@ class Loop:
 
     def run(self):
         parts = (self.unet, self.weights, self.average, self.optimizer, self.scheduler)
-        return training.training_loop(*parts, self.examples, self.config, 0)
+        return training_loop(*parts, self.examples, self.config, 0)
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
@@ -274,14 +276,14 @@ def test_the_average_follows_the_formula(config, tmp_path):
 
 def test_a_diverging_run_keeps_its_last_good_checkpoint(out, config, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    draw = training.draw_noise
+    draw = loop_.draw_noise
 
     def spoiled(batch_size, shape, seed, step):
         noise, *rest = draw(batch_size, shape, seed, step)
         return (noise * float("inf") if step == 7 else noise), *rest
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "draw_noise", spoiled)
+        patch.setattr(loop_, "draw_noise", spoiled)
         with pytest.raises(DivergedError, match=r"at step 8: lower learning_rate; step 5 is kept in") as caught:
             train(out, "raw", config, run, 0)
     assert "\n" not in str(caught.value)
