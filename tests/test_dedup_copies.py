@@ -229,6 +229,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return src
 
 
+@pytest.fixture(scope="module")
+def small_run(small: Path) -> Path:
+    """OUT of it, to be read only."""
+    run(small, small.parent / "out")
+    return small.parent / "out"
+
+
 def test_the_same_bytes_whatever_the_workers_and_when_it_was_killed(small: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     run(small, one, jobs=1)
@@ -257,13 +264,14 @@ def test_mirrored_copies_go_when_asked(small: Path, tmp_path: Path) -> None:
     assert "lone.jpg" in kept
 
 
-def test_another_encoder_into_the_same_output_is_refused(small: Path, tmp_path: Path) -> None:
-    run(small, tmp_path / "out")
+def test_another_encoder_into_the_same_output_is_refused(small: Path, small_run: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in small_run.rglob("*") if path.name != ".lock"}
     for encoder in ("sscd-distilled", "sscd"):
         with pytest.raises(OptionsError, match="encoder was 'local'"):
-            run(small, tmp_path / "out", Options(level="copy", encoder=encoder))
+            run(small, small_run, Options(level="copy", encoder=encoder))
     with pytest.raises(OptionsError, match="level was 'copy'"):
-        run(small, tmp_path / "out", Options())
+        run(small, small_run, Options())
+    assert before == {path: path.stat().st_mtime_ns for path in small_run.rglob("*") if path.name != ".lock"}
 
 
 @pytest.mark.skipif(not embedding.is_available("sscd-distilled"), reason="needs the extra with its weights")
@@ -278,10 +286,10 @@ def test_with_a_network_as_encoder(small: Path, tmp_path: Path) -> None:
             assert group(key) == group(names[row["kept_id"]])
 
 
-def test_with_vectors_that_somebody_else_made(small: Path, tmp_path: Path) -> None:
-    expected = run(small, tmp_path / "local")
-    _, rows, found = vectors.read_embeddings(tmp_path / "local", "local")
-    keys = [f"photos/{key}" for key in expected.rows]
+def test_with_vectors_that_somebody_else_made(small: Path, small_run: Path, tmp_path: Path) -> None:
+    expected = {row["key"]: row["kept_id"] for row in manifest.read(small_run).iter_rows(named=True)}
+    _, rows, found = vectors.read_embeddings(small_run, "local")
+    keys = [f"photos/{key}" for key in expected]
     assert len(rows) == len(keys)  # nothing is found by hash
     folder = tmp_path / "clip"
     for name in ("img_emb", "metadata"):
@@ -291,9 +299,7 @@ def test_with_vectors_that_somebody_else_made(small: Path, tmp_path: Path) -> No
     options = Options(level="copy", encoder="external", weights=str(folder))
     other = run(small, tmp_path / "external", options)
     assert other.counts["copy_search"]["encoder"] == "external"
-    assert {key: row["kept_id"] for key, row in other.rows.items()} == {
-        key: row["kept_id"] for key, row in expected.rows.items()
-    }
+    assert {key: row["kept_id"] for key, row in other.rows.items()} == expected
     with pytest.raises(vectors.EmbeddingError, match="holds no img_emb"):
         run(small, tmp_path / "none", Options(level="copy", encoder="external", weights=str(tmp_path)))
     assert not (tmp_path / "none").exists()  # it is said at once

@@ -382,17 +382,24 @@ def test_hub_models_need_to_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # Rows
 
 
-@pytest.fixture
-def rows(tmp_path: Path) -> list[tuple]:
-    """LOCATIONs of 20 pictures, large JPEGs among them."""
-    found = []
+@pytest.fixture(scope="module")
+def large() -> dict[str, bytes]:
+    """Files of 20 pictures, by name."""
+    found = {}
     for number, picture in enumerate(pictures(20, 100)):
-        key, buffer = f"{number:02d}.{'png' if number % 2 else 'jpg'}", io.BytesIO()
-        large = Image.fromarray(picture).resize((900, 700), Image.Resampling.BICUBIC)
-        large.save(buffer, format="PNG" if number % 2 else "JPEG", quality=92)
-        (tmp_path / key).write_bytes(buffer.getvalue())
-        found.append((None, 0, len(buffer.getvalue()), key, hashing.digest(buffer.getvalue())))
+        kind, buffer = ("PNG", "JPEG")[number % 2 == 0], io.BytesIO()
+        whole = Image.fromarray(picture).resize((900, 700), Image.Resampling.BICUBIC)
+        whole.save(buffer, format=kind, quality=92, compress_level=1)
+        found[f"{number:02d}.{'png' if kind == 'PNG' else 'jpg'}"] = buffer.getvalue()
     return found
+
+
+@pytest.fixture
+def rows(tmp_path: Path, large: dict[str, bytes]) -> list[tuple]:
+    """LOCATIONs of 20 pictures, large JPEGs among them."""
+    for key, data in large.items():
+        (tmp_path / key).write_bytes(data)
+    return [(None, 0, len(data), key, hashing.digest(data)) for key, data in large.items()]
 
 
 def test_rows_become_vectors_of_what_they_show(tmp_path: Path, rows: list[tuple]) -> None:
