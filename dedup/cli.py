@@ -27,6 +27,8 @@ Encoder = Literal["auto", "local", "sscd-distilled", "sscd", "clip", "dinov2"]
 
 NAMED = 3  # scopes, or pairs of them, that the summary names
 
+KEPT, READ, FETCHED = "What is kept", "How SRC is read", "What is fetched from elsewhere"  # groups of options
+
 
 class TooManyBad(Exception):
     """More unreadable inputs than `--max-bad` allows: the results stand, the exit code is 1."""
@@ -49,64 +51,103 @@ def dedup(
         float | None, typer.Option(help="Unrelated pairs that may be compared; default: 3 an image.")
     ] = None,
     hash_decode: Annotated[Literal["fast", "exact"], typer.Option(help="fast: JPEGs at reduced scale.")] = "fast",
-    flips: Annotated[Keep, typer.Option(help="Mirrored copies.")] = "keep",
-    rotations: Annotated[Keep, typer.Option(help="Turned copies.")] = "keep",
+    flips: Annotated[Keep, typer.Option(help="Mirrored copies.", rich_help_panel=KEPT)] = "keep",
+    rotations: Annotated[Keep, typer.Option(help="Turned copies.", rich_help_panel=KEPT)] = "keep",
     base: Annotated[
-        Path | None, typer.Option(metavar="OUT", help="Finished run over older rows: what it kept stays kept.")
+        Path | None,
+        typer.Option(
+            metavar="OUT", help="Finished run over older rows: what it kept stays kept.", rich_help_panel=KEPT
+        ),
     ] = None,
     against: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="OTHER", help="Test set or opt-out list, or an OUT: what is a copy of it goes. Repeatable."
+            metavar="OTHER",
+            help="Test set or opt-out list, or an OUT: what is a copy of it goes. Repeatable.",
+            rich_help_panel=KEPT,
         ),
     ] = None,
     prefer: Annotated[
-        str, typer.Option(help="Keep by resolution, quality, bytes, caption, source:NAME …, then as usual.")
+        str,
+        typer.Option(
+            help="Keep by resolution, quality, bytes, caption, source:NAME …, then as usual.", rich_help_panel=KEPT
+        ),
     ] = "",
     per: Annotated[
-        Literal["auto", "none", "source", "split"], typer.Option(help="Drop copies only inside each; auto: splits.")
+        Literal["auto", "none", "source", "split"],
+        typer.Option(help="Drop copies only inside each; auto: splits.", rich_help_panel=KEPT),
     ] = "auto",
     against_split: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Drop what matches this split, and none of its own.")
+        str | None,
+        typer.Option(metavar="NAME", help="Drop what matches this split, and none of its own.", rich_help_panel=KEPT),
     ] = None,
-    max_copies: Annotated[int, typer.Option(min=1, help="Copies of a picture that are kept.")] = 1,
+    max_copies: Annotated[
+        int, typer.Option(min=1, help="Copies of a picture that are kept.", rich_help_panel=KEPT)
+    ] = 1,
     max_loss: Annotated[
-        float, typer.Option(min=0, max=1, help="Alarm when a source or split loses more of its rows.")
+        float,
+        typer.Option(min=0, max=1, help="Alarm when a source or split loses more of its rows.", rich_help_panel=KEPT),
     ] = 0.5,
-    max_pixels: Annotated[int, typer.Option(help="Larger images are not decoded.")] = 100_000_000,
-    max_frames: Annotated[int, typer.Option(help="Longer animations are not decoded.")] = 1_000,
-    format_: Annotated[Format | None, typer.Option("--format", help="Of SRC; default: what it looks like.")] = None,
-    root: Annotated[
-        Path | None, typer.Option(help="Folder that the paths of a table start in; default: its own.")
+    max_pixels: Annotated[int, typer.Option(help="Larger images are not decoded.", rich_help_panel=READ)] = 100_000_000,
+    max_frames: Annotated[int, typer.Option(help="Longer animations are not decoded.", rich_help_panel=READ)] = 1_000,
+    format_: Annotated[
+        Format | None, typer.Option("--format", help="Of SRC; default: what it looks like.", rich_help_panel=READ)
     ] = None,
-    image_column: Annotated[str | None, typer.Option(help="Of paths or bytes; default: by convention.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="Default: by convention, text, caption …")] = None,
-    id_column: Annotated[str | None, typer.Option(help="Of the key of each row; default: its path or number.")] = None,
-    split: Annotated[str | None, typer.Option(help="Of a Hugging Face dataset; default: all of them.")] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(help="Folder that the paths of a table start in; default: its own.", rich_help_panel=READ),
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="Of paths or bytes; default: by convention.", rich_help_panel=READ)
+    ] = None,
+    caption_column: Annotated[
+        str | None, typer.Option(help="Default: by convention, text, caption …", rich_help_panel=READ)
+    ] = None,
+    id_column: Annotated[
+        str | None, typer.Option(help="Of the key of each row; default: its path or number.", rich_help_panel=READ)
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of a Hugging Face dataset; default: all of them.", rich_help_panel=READ)
+    ] = None,
     subject_column: Annotated[
-        str | None, typer.Option(help="Of the person shown, the unit of splits; hashed. DICOM: PatientID.")
+        str | None,
+        typer.Option(help="Of the person shown, the unit of splits; hashed. DICOM: PatientID.", rich_help_panel=READ),
     ] = None,
     subject_key: Annotated[
-        Path | None, typer.Option(help="File with the key of those hashes; default: a secret one of OUT.")
+        Path | None,
+        typer.Option(help="File with the key of those hashes; default: a secret one of OUT.", rich_help_panel=READ),
     ] = None,
     i_understand: Annotated[
-        bool, typer.Option("--i-understand", help="Read medical pictures and pictures of persons.")
+        bool,
+        typer.Option("--i-understand", help="Read medical pictures and pictures of persons.", rich_help_panel=READ),
     ] = False,
-    url_column: Annotated[str | None, typer.Option(help="Of addresses to download; default: by convention.")] = None,
+    url_column: Annotated[
+        str | None, typer.Option(help="Of addresses to download; default: by convention.", rich_help_panel=FETCHED)
+    ] = None,
     download: Annotated[
-        Path | None, typer.Option(help="Where images of addresses are kept; default: OUT/download.")
+        Path | None,
+        typer.Option(help="Where images of addresses are kept; default: OUT/download.", rich_help_panel=FETCHED),
     ] = None,
     cache: Annotated[
-        Path | None, typer.Option(help="Where remote shards are kept; default: ~/.cache/unmemorize.")
+        Path | None,
+        typer.Option(help="Where remote shards are kept; default: ~/.cache/unmemorize.", rich_help_panel=FETCHED),
     ] = None,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a server may say nothing.")] = 10.0,
-    retries: Annotated[int, typer.Option(min=0, help="Of each address or shard, after the first time.")] = 1,
-    threads: Annotated[int, typer.Option(min=1, help="Addresses that are asked for at once.")] = 64,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds that a server may say nothing.", rich_help_panel=FETCHED)
+    ] = 10.0,
+    retries: Annotated[
+        int, typer.Option(min=0, help="Of each address or shard, after the first time.", rich_help_panel=FETCHED)
+    ] = 1,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Addresses that are asked for at once.", rich_help_panel=FETCHED)
+    ] = 64,
     private: Annotated[
-        Literal["refuse", "allow"], typer.Option(help="Addresses of a list inside this network.")
+        Literal["refuse", "allow"],
+        typer.Option(help="Addresses of a list inside this network.", rich_help_panel=FETCHED),
     ] = "refuse",
     decisions: Annotated[
-        Path | None, typer.Option(metavar="JSON", help="What you marked in the report; OUT remembers it.")
+        Path | None,
+        typer.Option(metavar="JSON", help="What you marked in the report; OUT remembers it.", rich_help_panel=KEPT),
     ] = None,
     max_bad: Annotated[float, typer.Option(help="Share of unreadable inputs that is tolerated.")] = 0.01,
     json_: JsonOption = False,
