@@ -54,3 +54,23 @@ def train(
 
         training.train(out, arm, load_config(config), run, seed)
     typer.echo(run / "model")
+
+
+@app.command()
+def adopt(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Pipeline folder, or its name on the hub.")],
+    out: Annotated[Path, typer.Argument(help="Folder made by `unmemorize dedup`.")],
+    run: Annotated[Path, typer.Option("--run", "-o", help="Folder to write.")],
+    lora: Annotated[list[Path] | None, typer.Option(help="LoRA to merge into it; may be repeated.")] = None,
+    pickled: Annotated[list[str] | None, typer.Option(help="Pickled weights to trust, by name.")] = None,
+    resolution: Annotated[int | None, typer.Option(min=1, help="Of its images, if it does not say.")] = None,
+) -> None:
+    """Take a model that somebody else trained as a RUN: to draw from it, and attack it.
+
+    unmemorize adopt stable-diffusion-v1-5/stable-diffusion-v1-5 OUT -o runs/base
+    """
+    with require_extra("train"):
+        from defense.adopt import adopt as adopt_model
+
+        adopt_model(model, out, run, loras=lora or (), pickled=pickled or (), resolution=resolution)
+    typer.echo(run / "model")

@@ -1,8 +1,8 @@
 """Pipelines of diffusers on disk: opened without running anything, saved, and told apart by their weights.
 
-A pipeline is a folder with model_index.json, or a name on the hub. What LoRA training leaves behind is a folder with
-base.json: which pipeline it changes, the digest of its weights, and the LoRAs to merge into it, the last of which lies
-beside it. Knows nothing of data or training.
+A pipeline is a folder with model_index.json, or a name on the hub. A folder with base.json refers to one: where it is,
+the digest of its weights, and the LoRAs to merge into it, of which the last may lie beside it. Knows nothing of data or
+training.
 """
 
 import hashlib
@@ -222,7 +222,8 @@ def _load_changed(folder: Path) -> DiffusionPipeline:
         if _digest_files(path) != entry["sha256"]:
             raise ModelError(f"{path} is no longer the LoRA that {folder} was trained with")
         lora.merge_lora(pipeline, path)
-    pipeline.unet.register_to_config(sample_size=changed["sample_size"])
+    if changed["sample_size"] is not None:
+        pipeline.unet.register_to_config(sample_size=changed["sample_size"])
     return pipeline
 
 

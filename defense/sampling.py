@@ -67,7 +67,8 @@ def sample(
         raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: there must be one seed a prompt")
     if guidance_scale < 1:
         raise ValueError(f"guidance_scale must be at least 1 (no guidance), not {guidance_scale}")
-    side = _find_side(pipeline)
+    check_prompted(pipeline)
+    side = find_side(pipeline)
     if not prompts:
         return np.empty((0, side, side, 3), dtype=np.uint8)
     known = is_known(pipeline)
@@ -101,7 +102,15 @@ def is_known(pipeline: DiffusionPipeline) -> bool:
     return not distilled and (vae is None or vae.config.get("latents_mean") is None)
 
 
-def _find_side(pipeline: DiffusionPipeline) -> int:
+def check_prompted(pipeline: DiffusionPipeline) -> None:
+    """Raise ValueError unless the pipeline can be sampled."""
+    accepted = inspect.signature(pipeline.__call__).parameters
+    if not is_known(pipeline) and ("prompt" not in accepted or "image" in accepted):
+        name = type(pipeline).__name__
+        raise ValueError(f"{name} does not draw from a prompt alone: only text-to-image pipelines can be sampled")
+
+
+def find_side(pipeline: DiffusionPipeline) -> int:
     """Pixels a side of the images, as far as the pipeline says."""
     network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
     size = getattr(network, "config", {}).get("sample_size")
@@ -155,12 +164,10 @@ def _ask(
     guidance_scale: float,
 ) -> Tensor:
     """What a black box draws: float32 (B, 3, H, W) in [0, 1]. Raises ValueError."""
-    accepted, name = inspect.signature(pipeline.__call__).parameters, type(pipeline).__name__
-    if "prompt" not in accepted or "image" in accepted:
-        raise ValueError(f"{name} does not draw from a prompt alone: only text-to-image pipelines can be sampled")
+    accepted = inspect.signature(pipeline.__call__).parameters
     options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     options = {option: value for option, value in options.items() if option in accepted}
     drawn = pipeline(prompt=list(prompts), generator=generators, output_type="np", **options)
     if not hasattr(drawn, "images"):
-        raise ValueError(f"{name} draws no images: only text-to-image pipelines can be sampled")
+        raise ValueError(f"{type(pipeline).__name__} draws no images: only text-to-image pipelines can be sampled")
     return torch.from_numpy(np.asarray(drawn.images)).float().permute(0, 3, 1, 2)

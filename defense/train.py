@@ -83,7 +83,7 @@ def train(out: Path, arm: str, config: TrainConfig, run: Path, seed: int) -> Non
         "versions": {name: version(name) for name in LIBRARIES},
     }
     if processes.first:
-        _claim(run, record)
+        claim(run, record)
     with lock(run) if processes.first else nullcontext(), _explain_memory(run, config):
         if (run / "model").exists():  # written last
             return
@@ -133,7 +133,7 @@ def build_pipeline(config: TrainConfig, seed: int) -> tuple[DiffusionPipeline, d
     return pipeline, base
 
 
-def _claim(run: Path, record: dict) -> None:
+def claim(run: Path, record: dict) -> None:
     """Write RUN/config.json, or see that it says the same. Raises RunError."""
     path = run / "config.json"
     if path.exists():
