@@ -77,11 +77,10 @@ def lock(out: Path) -> Iterator[None]:
         yield
 
 
-def prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options, key: Path) -> Path:
-    """The work folder, with signatures of shards that have changed since the last run removed."""
+def check(out: Path, src: Path, options: Options) -> list[str]:
+    """Names of the policies that were others in the run that OUT holds. Raises OptionsError, before OUT is touched."""
     path = out / ".work" / "options.json"
-    chosen = record_options(options)
-    recorded = {"src": str(src), "options": chosen, "versions": list_versions()}
+    chosen, changed = record_options(options), []
     if path.exists():
         before = manifest.read_json(path)
         before["options"] = record_options(Options()) | before["options"]  # an older run knew fewer
@@ -92,6 +91,16 @@ def prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options,
         if differing:
             what = ", ".join(f"{k} was {before['options'][k]!r}" for k in differing)
             raise OptionsError(f"{out} was made with other options ({what}): choose another -o or delete it")
+    return changed
+
+
+def prepare(out: Path, src: Path, shards: list[sources.Shard], options: Options, key: Path) -> Path:
+    """The work folder, with signatures of shards that have changed since the last run removed."""
+    path = out / ".work" / "options.json"
+    recorded = {"src": str(src), "options": record_options(options), "versions": list_versions()}
+    changed = check(out, src, options)
+    if path.exists():
+        before = manifest.read_json(path)
         if changed or options.base or options.against:
             (out / "run.json").unlink(missing_ok=True)  # it is of other policies until it is decided anew
         if before["versions"] != recorded["versions"]:

@@ -33,7 +33,7 @@ from dedup import (
     twins,
 )
 from dedup import base as bases
-from dedup.options import Options, OptionsError, list_versions, lock, prepare, record_options, stamp
+from dedup.options import Options, OptionsError, check, list_versions, lock, prepare, record_options, stamp
 from dedup.reader import Reader
 from dedup.verdicts import Verdicts
 
@@ -76,6 +76,7 @@ def deduplicate(
     with lock(out), engine.Workers(jobs) as workers:
         seconds: dict[str, float] = {}
         with engine.timed(seconds, "fingerprint"):
+            check(out, src, options)
             key = subjects.choose_key(out / ".work", subject_key, None if base is None else base.out / ".work")
             decode = fingerprint.DecodeOptions(options.max_pixels, options.max_frames, options.hash_decode, key)
             work = prepare(out, src, shards, options, key)

@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dedup import manifest
@@ -65,6 +65,7 @@ def choose(arm: str, material: Material, seed: int = 0) -> pl.DataFrame:
     return ARMS[arm](material, seed)
 
 
+@settings(deadline=None)
 @given(keep=st.lists(st.booleans(), max_size=20), unreadable=st.integers(0, 3), seed=st.integers(0, 9))
 def test_rows_places_and_weights(keep, unreadable, seed):
     keep = [True, *keep]
@@ -141,6 +142,7 @@ def test_the_hash_level_keeps_what_only_the_copy_level_finds():
     ]
 
 
+@settings(deadline=None)
 @given(
     pairs=st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11), st.sampled_from(["pdq", "copy"])), max_size=25),
     keep=st.lists(st.booleans(), min_size=12, max_size=12),
@@ -223,6 +225,7 @@ def test_the_exposure_of_random_drop_keeps_the_copies():
     assert kept == pytest.approx(8 * 10 / 20, abs=0.3)
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=12), seed=st.integers(0, 99))
 def test_a_weighted_pass_takes_one_row_of_every_cluster(sizes, seed):
     cluster = np.repeat(np.arange(len(sizes)), sizes)
