@@ -140,6 +140,8 @@ def test_what_img2dataset_writes(downloaded: Path, tmp_path: Path) -> None:
         "image_column": "png",
         "caption_column": "caption",
         "id_column": "key",
+        "subject_column": None,
+        "url_column": None,
         "split": None,
     }
     tables = pl.read_parquet(sorted(downloaded.glob("*.parquet"))).sort("key")
