@@ -38,16 +38,28 @@ def generate(
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 15,
     prompts: Annotated[Path | None, typer.Option(help="CSV with target_id and prompt, to attack with.")] = None,
     limit: Annotated[int, typer.Option(help="Targets of a dataset without canaries.")] = 200,
+    guard: defense.cli.GuardOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Draw images for the prompts of all targets, with the same noise in every model."""
     with defense.cli.require_extra("train"):
         from eval.generate import generate as generate_images
 
-        table = generate_images(run, n=n, guidance_scale=guidance_scale, steps=steps, prompts=prompts, limit=limit)
-    counts = {"images": len(table), "prompts": table["prompt_id"].n_unique(), "nan": (table["status"] != "ok").sum()}
-    where = run / "generations.parquet"
-    typer.echo(json.dumps(counts) if json_ else f"{counts['images']} images for {counts['prompts']} prompts: {where}")
+        table = generate_images(
+            run,
+            n=n,
+            guidance_scale=guidance_scale,
+            steps=steps,
+            prompts=prompts,
+            limit=limit,
+            guards=guard or (),
+        )
+    counts = {"images": len(table), "prompts": table["prompt_id"].n_unique()}
+    counts |= {status: len(table.filter(status=status)) for status in ("nan", "refused")}
+    text = f"{counts['images']} images for {counts['prompts']} prompts: {run / 'generations.parquet'}"
+    if counts["refused"]:
+        text += f"\n{counts['refused']} of them were refused as copies of training images: {run / 'guards.parquet'}"
+    typer.echo(json.dumps(counts) if json_ else text)
 
 
 @app.command()
