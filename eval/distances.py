@@ -43,6 +43,17 @@ def l2(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return distances
 
 
+def near_any(images: np.ndarray, pixels: np.ndarray, chosen: np.ndarray, delta: float, batch: int = 256) -> np.ndarray:
+    """Float (N, H, W, C), uint8 (M, H, W, C), which of these bool (M,) → bool (N,): within delta of one of them.
+
+    A batch of pictures is converted at a time.
+    """
+    rows, near = np.flatnonzero(chosen), np.zeros(len(images), bool)
+    for first in range(0, len(rows), batch):
+        near |= (l2(images, scale(pixels[rows[first : first + batch]])) <= delta).any(axis=1)
+    return near
+
+
 def _centre(images: np.ndarray) -> np.ndarray:
     """float64 (N, D). Smaller numbers leave smaller rounding errors in the difference of their squares."""
     return images.reshape(len(images), -1).astype(np.float64) - 0.5
