@@ -170,9 +170,15 @@ def audit(
 
     text = auditing.plan(out, recipe, jobs)
     typer.echo(text, err=not dry_run)
-    if not dry_run:
-        verdict = auditing.audit(src, out, recipe, jobs=jobs, redact=redact, exploratory=exploratory)
-        _finish(verdict, out, json_)
+    options: dict = {"jobs": jobs, "redact": redact, "exploratory": exploratory}
+    if recipe.widths and not dry_run:
+        from eval import capacity
+
+        found = capacity.measure_capacity(src, out, recipe, **options)
+        typer.echo(json.dumps(found) if json_ else capacity.describe(found))
+        _tell_failures(found["failed"])
+    elif not dry_run:
+        _finish(auditing.audit(src, out, recipe, **options), out, json_)
 
 
 @app.command()
@@ -205,9 +211,13 @@ def _finish(verdict: dict, out: Path, json_: bool) -> None:
         times = json.loads((out / "timings.json").read_text(encoding="utf-8"))
         typer.echo("\n".join(f"{value:8.1f} s  {name}" for name, value in times.items()))
         typer.echo(_summary(verdict, out / "audit" / "report" / "index.html"))
-    for failed in verdict["failed"]:
-        print(f"unmemorize: {failed['arm']} with seed {failed['seed']} failed: {failed['error']}", file=sys.stderr)
-    if verdict["failed"]:
+    _tell_failures(verdict["failed"])
+
+
+def _tell_failures(failed: list[dict]) -> None:
+    for one in failed:
+        print(f"unmemorize: {one['arm']} with seed {one['seed']} failed: {one['error']}", file=sys.stderr)
+    if failed:
         raise typer.Exit(3)
 
 

@@ -67,6 +67,9 @@ class Recipe:
     arms: tuple[str, ...] = ()
     primary: tuple[str, ...] = ()  # arms whose contrast with raw is declared
     at_least: int = 2  # copies from which an image counts as repeated
+    widths: tuple[
+        int, ...
+    ] = ()  # of models that are compared with each other (`eval.capacity`); () is the one of train
     plant: Planting = field(default_factory=lambda: Planting(canaries=0))
     dedup: Detection = field(default_factory=Detection)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -84,6 +87,8 @@ class Recipe:
             raise ConfigError(f"primary names {missing[0]!r}, which is not among the arms {', '.join(self.arms)}")
         if self.seeds < 1 or self.at_least < 2:
             raise ConfigError(f"seeds = {self.seeds} must be at least 1, at_least = {self.at_least} at least 2")
+        if any(width < 32 or width % 32 for width in self.widths) or (self.widths and self.train.base):
+            raise ConfigError(f"widths = {list(self.widths)}: multiples of 32, of a model that is built from scratch")
         if self.utility.margin <= 0 or self.utility.images < 0:
             raise ConfigError("utility: margin must be above 0, images 0 or more")
 

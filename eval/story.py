@@ -119,6 +119,8 @@ def _judge(first: dict[str, Any], second: dict[str, Any], primary: dict[str, Any
     if high is not None and high < 0:
         return "more given back", f"The {name} gives back more: the interval excludes no difference."
     meaning = "The interval includes no difference: these data neither show an effect nor rule one out."
+    if low is None:
+        meaning = "All images differ equally between the two: that is no evidence of anything."
     return "no difference shown", meaning
 
 
@@ -142,7 +144,7 @@ def say_points(difference: float) -> str:
 def say_interval(low: float | None, high: float | None) -> str:
     """(-0.05, 0.12) → "5.0 points more to 12.0 points fewer"; (0.05, 0.12) → "5.0 to 12.0 points fewer"."""
     if low is None or high is None:
-        return "no interval: all differences are equal"
+        return "none, because all differences are equal"
     if low * high <= 0:
         return f"{say_points(low)} to {say_points(high)}"
     near, far = sorted((low, high), key=abs)
@@ -164,10 +166,7 @@ def list_threats(rows: pl.DataFrame, verdict: dict[str, Any], some: dict[str, An
             f"{_upper(what)} changed after models were trained: read all of this as exploratory.",
         )
     for failed in verdict["failed"]:
-        yield (
-            "A run is missing.",
-            f"{failed['arm']} with seed {failed['seed']} failed ({failed['error']}); the rest is reported.",
-        )
+        yield "A run is missing.", f"{failed['arm']} with seed {failed['seed']} failed; the rest is reported."
     if len(seeds) == 1:
         yield (
             "One training seed.",
