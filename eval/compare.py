@@ -25,7 +25,7 @@ from eval.utility import judge_utility
 from eval.verdict import judge
 
 MACHINE = ("threads", "checkpoint_every")  # of the config; these decide no result
-SETTINGS = ("n", "guidance_scale", "steps")  # of the generations
+SETTINGS = ("n", "guidance_scale", "steps", "guard")  # of the generations
 
 COMPARISON: dict[str, pl.DataType | type[pl.DataType]] = {
     "arm": pl.String,
