@@ -268,7 +268,8 @@ def _describe_leak(scopes: list[str], pictures: int, rows: list[int]) -> str:
 
 def _summary(run: dict, out: Path, report: bool) -> str:
     counts, level = run["counts"], run["options"]["level"]
-    what = "dropped" if "external" in counts else "duplicates dropped"
+    what = f"duplicate{'' if counts['dropped'] == 1 else 's'} dropped"
+    what = "dropped" if "external" in counts else what
     share = counts["dropped"] / max(1, counts["rows"])
     saved = counts["bytes_dropped"] / 1e6
     look_alikes = counts["pairs"].get("look-alike", 0)
