@@ -55,6 +55,7 @@ EXIF_TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+PLAIN = frozenset((0xDB, 0xDD, 0xE0, 0xFE, *range(0xC0, 0xD0)))  # tables, frame, JFIF, comment (JPEG, table B.1)
 SWAPS_SIDES = (5, 6, 7, 8)
 
 
@@ -158,10 +159,11 @@ def _decode_jpeg(data: bytes, colours: str, min_side: int | None, max_pixels: in
     if not data.startswith(b"\xff\xd8\xff") or dicom.is_dicom(data):
         return None
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
-            width, height, kind = *header.size, header.format or ""
-            orientation = _exif_orientation(header) if "exif" in header.info else 1
-        space = simplejpeg.decode_jpeg_header(data)[2]
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        kind, orientation = "JPEG", 1
+        if not _is_plain(data):
+            with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
+                kind, orientation = header.format or "", _exif_orientation(header) if "exif" in header.info else 1
         if width * height > max_pixels or space not in (("YCbCr", "Gray") if colours == "GRAY" else ("YCbCr",)):
             return None
         scale = 1 if min_side is None else next((s for s in (8, 4, 2) if min(height, width) // s >= min_side), 1)
@@ -175,6 +177,14 @@ def _decode_jpeg(data: bytes, colours: str, min_side: int | None, max_pixels: in
     if orientation in SWAPS_SIDES:
         width, height = height, width
     return Decoded(pixels, width, height, kind)
+
+
+def _is_plain(data: bytes) -> bool:
+    """Whether a JPEG has nothing but tables before its scan: no EXIF, no further picture. Faster than to open it."""
+    place = 2
+    while data[place] == 0xFF and data[place + 1] in PLAIN:
+        place += 2 + int.from_bytes(data[place + 2 : place + 4])
+    return data[place : place + 2] == b"\xff\xda"
 
 
 def _decode_open(image: Image.Image, min_side: int | None, montage: bool, max_pixels: int, max_frames: int) -> Decoded:

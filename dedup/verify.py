@@ -24,7 +24,7 @@ MAX_DIFFERENCE = (0.03, 0.06)
 MAX_SMOOTHED = (0.01, 0.025)
 SMOOTHING = np.array([0.25, 0.5, 0.25], np.float32)
 MIN_QUALITY = 30  # of PDQ, which calls 49 unfit by itself; what is flatter matches by pixels only
-BLOCK = 4_096  # pairs compared at a time
+BLOCK = 512  # pairs compared at a time, each of them 12 KB in several copies
 
 DETAIL = 256  # pixels a side of the second look, at most; never more than the smaller picture has
 WINDOW = 9  # pixels a side of a place, about a JPEG block

@@ -130,6 +130,16 @@ def test_colours_of_a_jpeg_are_those_of_pillow(min_side: int | None, subsampling
     assert (decoded.pixels == expected).all()
 
 
+def test_a_jpeg_says_whether_it_is_plain(gradient: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    picture, second = Image.fromarray(gradient), Image.fromarray(gradient[::-1])
+    assert images._is_plain(encode(picture, "JPEG", comment=b"Exif", progressive=True))
+    assert not images._is_plain(encode(picture, "JPEG", exif=exif))
+    assert not images._is_plain(encode(picture, "JPEG", icc_profile=b"\0" * 100))
+    assert images.decode(encode(picture, "MPO", save_all=True, append_images=[second])).format == "MPO"
+
+
 def test_what_the_fast_decoder_refuses_goes_the_slow_way(gradient: np.ndarray) -> None:
     for mode in ("CMYK", "L"):
         data = encode(Image.fromarray(gradient).convert(mode), "JPEG")
