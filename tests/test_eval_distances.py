@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval import distances
+from defense import distances
 from eval.distances import flip, flip_min, l2, max_tile_l2, near_any, scale
 
 
