@@ -55,6 +55,7 @@ def made(monkeypatch):
                 out,
                 lambda t, j: pixels[t["target_id"]] if t["target_id"] in given else paint(10_000 + j, RESOLUTION),
                 n=4,
+                limit=limit,
             )
             attack(run)
         return result
