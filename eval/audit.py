@@ -29,12 +29,12 @@ from eval.extraction import attack
 from eval.generate import generate
 from eval.plan import describe, describe_dataset, make_plan, measure_speed
 from eval.power import FEWEST, clusters_needed
-from eval.recipe import LATER, Planting, Recipe
+from eval.recipe import LATER, Planting, Recipe, Utility
 from eval.report import write_report
 from eval.targets import load_yardstick
 from eval.utility import measure_utility
 
-DEMO = Recipe(plant=Planting(controls=48))
+DEMO = Recipe(plant=Planting(controls=48), utility=Utility(images=1_000))
 QUICK = Recipe(seeds=1, plant=Planting(canaries=24, controls=48))
 MENDABLE = (ValueError, OSError, RuntimeError)  # of one arm: the others are reported
 
