@@ -180,13 +180,12 @@ def test_own_data_with_duplicates_have_two_declared_contrasts(pictures, tmp_path
 
 
 def test_the_recipes_in_configs_say_what_they_claim():
-    assert load_recipe(CONFIGS / "audit-cpu.toml") == replace(
-        auditing.DEMO, train=load_recipe(CONFIGS / "audit-cpu.toml").train
-    )
+    assert load_recipe(CONFIGS / "audit-cpu.toml") == auditing.DEMO
+    assert load_recipe(CONFIGS / "capacity.toml").widths == (32, 64, 96)
     paper = load_recipe(CONFIGS / "audit-gpu-sd.toml")
     assert (paper.generate.n, paper.train.resolution, paper.primary) == (500, 512, ("dedup", "dedup-exposure"))
     assert load_recipe(CONFIGS / "audit-smoke.toml").arms == ("raw", "refill", "dedup")
-    assert load_recipe(None) == Recipe()
+    assert load_recipe(None) == Recipe(train=TrainConfig(held_out=0.1))  # own data need controls
     assert load_recipe(None, seeds=3, arms=["refill", "raw"]).arms == ("raw", "refill")
 
 
