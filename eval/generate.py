@@ -10,11 +10,11 @@ the others. Knows nothing of what is done with the images.
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import polars as pl
 from PIL import Image
 from tqdm import tqdm
@@ -24,7 +24,7 @@ from dedup.engine import available_cpus
 from eval.targets import load_targets
 
 if TYPE_CHECKING:
-    from defense.sampling import DenoisingStep
+    from defense.guards import Drawn, Sampler
 
 BASE_SEED = "unmemorize-1"  # the same for every arm, run and dataset
 UNCONDITIONAL = ("DDPMPipeline",)  # models that take no prompt; every image of theirs is as good as any other
@@ -36,8 +36,8 @@ GENERATIONS: dict[str, pl.DataType | type[pl.DataType]] = {
     "prompt_kind": pl.String,  # "member" or "control"
     "cluster_id": pl.Int64,
     "seed": pl.Int64,
-    "guard": pl.String,  # "none"
-    "status": pl.String,  # "ok"; "nan" when the model gave no finite numbers, then there is no file
+    "guard": pl.String,  # of `guards.name_guards`; "none"
+    "status": pl.String,  # "ok"; without a file: "nan" (the model gave no finite numbers), "refused" (by a guard)
     "file": pl.String,  # relative to RUN
     "digest": pl.String,  # of model and settings, the three below included
     "guidance_scale": pl.Float64,
@@ -58,13 +58,16 @@ def generate(
     steps: int = 15,
     prompts: Path | None = None,
     limit: int = 200,
+    guards: Sequence[str] = (),
 ) -> pl.DataFrame:
     """n images for the prompt of every target (`targets.load_targets`); returns generations.parquet.
 
-    prompts: CSV file with the columns target_id and prompt: other prompts, for these targets only.
-    Raises GenerateError, TargetError, ModelError or OSError.
+    prompts: CSV file with the columns target_id and prompt: other prompts, for these targets only. guards: defences
+    around the sampler (`defense.guards`); what they compared is in RUN/guards.parquet.
+    Raises GenerateError, GuardError, TargetError, ModelError or OSError.
     """
     from dedup.options import lock
+    from defense.guards import name_guards
 
     if n < 1 or steps < 1:
         raise GenerateError(f"n = {n} images in steps = {steps}: both must be at least 1")
@@ -76,15 +79,22 @@ def generate(
     if config.get("pipeline") in UNCONDITIONAL:
         targets = targets.with_columns(prompt=pl.lit(""))
     settings = {"n": n, "guidance_scale": float(guidance_scale), "steps": steps}
-    digest = digest_model(run / "model", settings | {"base_seed": BASE_SEED, "batch": BATCH})
+    decisive = settings | {"base_seed": BASE_SEED, "batch": BATCH}
+    if guards:  # some of them look into OUT
+        decisive |= {"guard": name_guards(guards), "out": config["out_sha256"]}
+    digest = digest_model(run / "model", decisive)
     folder = run / "generations" / digest
     names = [_name(row["target_id"], row["prompt"]) for row in targets.iter_rows(named=True)]
     todo = [i for i, name in enumerate(names) if not (folder / f"{name}.parquet").exists()]
     with lock(run):
         if todo:
-            _sample_targets(run, folder, targets[todo], [names[i] for i in todo], settings, config["config"])
+            _sample_targets(run, folder, targets[todo], [names[i] for i in todo], settings, config, guards)
         table = pl.concat([pl.read_parquet(folder / f"{name}.parquet") for name in names])
         manifest.write_parquet(run / "generations.parquet", table)
+        (run / "guards.parquet").unlink(missing_ok=True)
+        if guards:
+            logs = [pl.read_parquet(folder / f"{name}-guards.parquet") for name in names]
+            manifest.write_parquet(run / "guards.parquet", pl.concat(logs))
     return table
 
 
@@ -135,21 +145,25 @@ def _sample_targets(
     names: list[str],
     settings: dict[str, Any],
     config: dict[str, Any],
+    guards: Sequence[str],
 ) -> None:
     import torch
 
+    from defense.guards import Setting, build_sampler, name_guards
     from defense.model import load_pipeline
 
-    torch.set_num_threads(config["threads"] or available_cpus())
-    pipeline = load_pipeline(run / "model", device=config.get("device", "auto"))
+    torch.set_num_threads(config["config"]["threads"] or available_cpus())
+    pipeline = load_pipeline(run / "model", device=config["config"].get("device", "auto"))
+    n, side, out = settings["n"], config["config"]["resolution"], Path(config["out"])
+    setting = Setting(pipeline, settings["steps"], settings["guidance_scale"], BATCH, side, out)
+    sampler, guard = build_sampler(guards, setting), name_guards(guards)
     rows = list(zip(names, targets.iter_rows(named=True), strict=True))
-    n = settings["n"]
     with tqdm(desc=f"generate {run.name}", unit=" images", total=len(rows) * n, file=sys.stderr, disable=None) as bar:
         for name, target in rows:
             seeds = [derive_seed(target["target_id"], j) for j in range(n)]
-            pixels, finite = _sample(pipeline, target["prompt"], seeds, settings)
-            files = [folder / f"{name}-{j:03d}.png" if finite[j] else None for j in range(n)]
-            for path, image in zip(files, pixels, strict=True):
+            drawn = _sample(sampler, target["prompt"], seeds)
+            files = [folder / f"{name}-{j:03d}.png" if drawn.status[j] == "ok" else None for j in range(n)]
+            for path, image in zip(files, drawn.pixels, strict=True):
                 if path is not None:
                     manifest.write_atomic(path, partial(Image.fromarray(image).save, format="PNG"))
             table = pl.DataFrame({"seed": seeds}).with_columns(
@@ -158,33 +172,18 @@ def _sample_targets(
                 prompt=pl.lit(target["prompt"]),
                 prompt_kind=pl.lit(target["prompt_kind"]),
                 cluster_id=pl.lit(target["cluster_id"]),
-                guard=pl.lit("none"),
-                status=pl.Series(["ok" if path else "nan" for path in files]),
+                guard=pl.lit(guard),
+                status=pl.Series(drawn.status),
                 file=pl.Series([path and path.relative_to(run).as_posix() for path in files], dtype=pl.String),
                 digest=pl.lit(folder.name),
             )
             table = table.select(pl.col(column).cast(kind) for column, kind in GENERATIONS.items())
+            if guards:
+                log = drawn.log.select(pl.lit(target["target_id"]).alias("prompt_id"), pl.all())
+                manifest.write_parquet(folder / f"{name}-guards.parquet", log)
             manifest.write_parquet(folder / f"{name}.parquet", table)
             bar.update(n)
 
 
-def _sample(pipeline: Any, prompt: str, seeds: list[int], settings: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (n, H, W, 3), and bool (n,): whether the latents stayed finite."""
-    from defense.sampling import sample
-
-    finite = np.ones(len(seeds), bool)
-
-    def watch(step: "DenoisingStep") -> None:
-        batch = step.latents.isfinite().flatten(1).all(dim=1).cpu().numpy()  # (B,)
-        finite[step.first : step.first + len(batch)] &= batch
-
-    pixels = sample(
-        pipeline,
-        [prompt] * len(seeds),
-        seeds,
-        steps=settings["steps"],
-        guidance_scale=settings["guidance_scale"],
-        batch_size=BATCH,
-        on_step=watch,
-    )
-    return pixels, finite
+def _sample(sampler: "Sampler", prompt: str, seeds: list[int]) -> "Drawn":
+    return sampler([prompt] * len(seeds), seeds)
