@@ -13,6 +13,17 @@ from defense.distances import l2 as l2
 from defense.distances import scale as scale
 
 
+def near_any(images: np.ndarray, pixels: np.ndarray, chosen: np.ndarray, delta: float, batch: int = 256) -> np.ndarray:
+    """Float (N, H, W, C), uint8 (M, H, W, C), which of these bool (M,) → bool (N,): within delta of one of them.
+
+    A batch of pictures is converted at a time.
+    """
+    rows, near = np.flatnonzero(chosen), np.zeros(len(images), bool)
+    for first in range(0, len(rows), batch):
+        near |= (l2(images, scale(pixels[rows[first : first + batch]])) <= delta).any(axis=1)
+    return near
+
+
 def max_tile_l2(a: np.ndarray, grid: int = 4) -> np.ndarray:
     """Float (N, H, W, C) → float32 (N, N): largest `l2` over the grid × grid pairs of corresponding tiles.
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dedup import images, manifest, sources
 from dedup.hashing import digest
-from defense import data, tiny
+from defense import captions, data
 from defense.conditions import embed_captions
 from defense.tiny import build_tiny
 
@@ -111,7 +111,7 @@ def build_small(folder: Path, seed: int = 0, **options: object):
     """A pipeline with an untrained autoencoder that takes milliseconds a step."""
     small = {"channels": (32, 32), "text_width": 32, "text_layers": 1, "caption_tokens": 8} | options
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "MERGES", 3_000)  # enough for the words of the tests; the whole vocabulary opens slowly
+        patch.setattr(captions, "MERGES", 3_000)  # enough for the words of the tests; the whole vocabulary opens slowly
         return build_tiny(seed, autoencoder=write_autoencoder(folder / "autoencoder"), **small)
 
 
@@ -242,6 +242,16 @@ def test_order_and_noise_depend_on_seed_and_step_only():
         assert not torch.equal(first[0], other[0])
     assert data.draw_rows(100, 5, 7, 11).tolist() == data.draw_rows(100, 5, 7, 11).tolist()
     assert data.draw_rows(100, 5, 7, 11).tolist() != data.draw_rows(100, 5, 8, 11).tolist()
+
+
+def test_weights_expose_as_those_of_dcr_do():
+    """Somepalli et al. 2023 weigh a twentieth of the images 5 times and draw as many as there are: 4.17 and 0.833."""
+    weights = np.where(np.arange(400) < 20, 5.0, 1.0)
+    packed = (weights * 400 / weights.sum()).tobytes()
+    drawn = np.concatenate([data.draw_rows(400, 40, 3, step, packed) for step in range(2_000)])  # 200 passes
+    seen = np.bincount(drawn, minlength=400) / 200
+    assert seen[:20].mean() == pytest.approx(4.17, abs=0.02)
+    assert seen[20:].mean() == pytest.approx(0.833, abs=0.002)
 
 
 def test_exposures_add_up_and_list_what_was_left_out(out):
