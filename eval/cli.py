@@ -8,7 +8,7 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,22 +32,44 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JS
 
 @app.command()
 def generate(
-    run: RunArgument,
-    n: Annotated[int, typer.Option("-n", help="Images a prompt.")] = 16,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Runs of `train` or `adopt`, to be asked alike.")],
+    n: Annotated[int, typer.Option("-n", help="Images a training image.")] = 16,
     guidance_scale: Annotated[float, typer.Option(help="1 = no classifier-free guidance.")] = 1.0,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 15,
     prompts: Annotated[Path | None, typer.Option(help="CSV with target_id and prompt, to attack with.")] = None,
-    limit: Annotated[int, typer.Option(help="Targets of a dataset without canaries.")] = 200,
+    captions: Annotated[str, typer.Option(help="Of each cluster: all, survivor, dropped or null.")] = "all",
+    limit: Annotated[int, typer.Option(help="Targets of a dataset without canaries, and controls.")] = 200,
+    order: Annotated[str, typer.Option(help="Which of them: stratified or most-duplicated.")] = "stratified",
+    controls: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="A dedup run over pictures that no model was trained on.")
+    ] = None,
+    budget: Annotated[bool, typer.Option("--budget", help="Only as many images as the verdict needs.")] = False,
+    detector: Annotated[str, typer.Option(help="With --budget: what chooses prompts, or none.")] = "noise-magnitude",
+    until: Annotated[str, typer.Option(help="With --budget: extracted or direct settles a prompt.")] = "extracted",
     json_: JsonOption = False,
 ) -> None:
-    """Draw images for the prompts of all targets, with the same noise in every model."""
+    """Draw images for the captions of all targets, with the same noise in every model.
+
+    unmemorize generate RUN_A RUN_B --budget -n 128
+    """
     with defense.cli.require_extra("train"):
+        options: dict[str, Any] = {"n": n, "guidance_scale": guidance_scale, "steps": steps, "prompts": prompts}
+        options |= {"captions": captions, "limit": limit, "order": order, "controls": controls}
+        if budget:
+            from eval.budget import Rule, describe, generate_within
+
+            rule = Rule(detector=None if detector == "none" else detector, until=until)
+            about = generate_within(runs, rule, **options)
+            typer.echo(json.dumps(about) if json_ else describe(about))
+            return
         from eval.generate import generate as generate_images
 
-        table = generate_images(run, n=n, guidance_scale=guidance_scale, steps=steps, prompts=prompts, limit=limit)
-    counts = {"images": len(table), "prompts": table["prompt_id"].n_unique(), "nan": (table["status"] != "ok").sum()}
-    where = run / "generations.parquet"
-    typer.echo(json.dumps(counts) if json_ else f"{counts['images']} images for {counts['prompts']} prompts: {where}")
+        for run in runs:
+            table = generate_images(run, **options)
+            counts = {"images": len(table), "prompts": table["prompt_id"].n_unique()}
+            counts |= {"nan": int((table["status"] != "ok").sum())}
+            text = f"{counts['images']} images for {counts['prompts']} training images: {run / 'generations.parquet'}"
+            typer.echo(json.dumps(counts) if json_ else text)
 
 
 @app.command()

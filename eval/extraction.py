@@ -22,7 +22,7 @@ from dedup import manifest
 from eval.adaptive import ADAPTIVE, pool, score_adaptive
 from eval.calibrate import Calibration, calibrate, freeze
 from eval.distances import flip, l2, max_tile_l2, scale
-from eval.generate import read_config
+from eval.generate import GENERATIONS, read_config
 from eval.masks import TEMPLATE, build_masks, score_template
 from eval.targets import TARGETS, Yardstick, load_pixels, load_yardstick
 
@@ -35,6 +35,7 @@ CLIQUE_SIZES = {4: 2, 10: 3, 16: 3, 32: 3, 64: 4, 128: 5, 256: 6, 500: 10}
 
 EVERY: dict[str, pl.DataType | type[pl.DataType]] = {
     **TARGETS,
+    "caption_kind": pl.String,  # of its prompts, as in `generate`; "all" when they are of several kinds
     "digest": pl.String,  # of the generations
     "n_generations": pl.Int64,  # those without finite numbers included
     "n_nan": pl.Int64,
@@ -82,7 +83,11 @@ def attack(run: Path, name: str = "clique") -> pl.DataFrame:
     generations = read_generations(run)
     out, resolution = Path(config["out"]), config["config"]["resolution"]
     yardstick = load_yardstick(
-        out, resolution, only=generations["prompt_id"].unique(), held_out=config["config"]["held_out"]
+        out,
+        resolution,
+        only=generations["prompt_id"].unique(),
+        held_out=config["config"]["held_out"],
+        controls=find_controls(generations),
     )
     if n_lost := generations["prompt_id"].n_unique() - len(yardstick.targets):
         raise AttackError(f"{run}: {n_lost} prompts belong to no target of {out}: run `unmemorize generate` again")
@@ -98,13 +103,15 @@ def attack(run: Path, name: str = "clique") -> pl.DataFrame:
         tqdm(yardstick.targets.iter_rows(named=True), f"attack {run.name}", len(copies), file=sys.stderr, disable=None)
     ):
         mine = by_target[(target["target_id"],)]
-        made = mine.filter(pl.col("status") == "ok")
+        drawn, made = mine.filter(pl.col("status") != "pruned"), mine.filter(pl.col("status") == "ok")
         images = read_images(run, made["file"], resolution)
         found = ATTACKS[name](images, place, yardstick, calibration, mine["n"][0])
         for column in found.keys() & {"best_file", "medoid_file"}:
             found[column] = None if found[column] is None else made["file"][found[column]]
+        kinds = mine["caption_kind"].unique()
         shown = {"prompt": mine["prompt"][0], "digest": mine["digest"][0], "eidetic_k": copies[place]}
-        scores.append(target | found | shown | {"n_generations": len(mine), "n_nan": len(mine) - len(made)})
+        shown |= {"caption_kind": kinds[0] if len(kinds) == 1 else "all"}
+        scores.append(target | found | shown | {"n_generations": len(drawn), "n_nan": len(drawn) - len(made)})
     if name == "adaptive":
         pool(scores, yardstick)
     table = pl.DataFrame(scores, schema=SCHEMAS[name])
@@ -117,10 +124,16 @@ def read_generations(run: Path) -> pl.DataFrame:
     path = run / "generations.parquet"
     if not path.exists():
         raise AttackError(f"{run} has no generations: run `unmemorize generate {run}` first")
-    generations = pl.read_parquet(path)
+    generations = manifest.conform(pl.read_parquet(path), GENERATIONS)
     if (n := generations["n"][0]) < FEWEST:
         raise AttackError(f"{run}: {n} generations a prompt; a clique needs {FEWEST} or more: generate -n 16")
     return generations
+
+
+def find_controls(generations: pl.DataFrame) -> Path | None:
+    """The dedup run that controls were taken from, if they are none of OUT."""
+    named = generations["controls"].drop_nulls()
+    return None if named.is_empty() else Path(named[0])
 
 
 def read_images(run: Path, files: pl.Series, resolution: int) -> np.ndarray:
