@@ -74,3 +74,23 @@ def adopt(
 
         adopt_model(model, out, run, loras=lora or (), pickled=pickled or (), resolution=resolution)
     typer.echo(run / "model")
+
+
+@app.command()
+def extrapolate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder made by `train` or `adopt`.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Another run, pipeline folder or name on the hub.")],
+    new: Annotated[Path, typer.Option("--run", "-o", help="Folder to write.")],
+    weight: Annotated[float, typer.Option(help="How far from BASE: 0 is BASE, 1 is RUN.")] = 3.0,
+) -> None:
+    """Go from one model through another and beyond, as a RUN: what the second learned comes out more.
+
+    RUN fine-tuned from BASE gives back what it was fine-tuned on; raw and refilled, what duplication added.
+
+        unmemorize extrapolate runs/raw-0 runs/refill-0 -o runs/line-0
+    """
+    with require_extra("train"):
+        from defense.adopt import extrapolate as extrapolate_runs
+
+        extrapolate_runs(run, base, new, weight)
+    typer.echo(new / "model")

@@ -1,8 +1,8 @@
 """Pipelines of diffusers on disk: opened without running anything, saved, and told apart by their weights.
 
 A pipeline is a folder with model_index.json, or a name on the hub. A folder with base.json refers to one: where it is,
-the digest of its weights, and the LoRAs to merge into it, of which the last may lie beside it. Knows nothing of data or
-training.
+the digest of its weights, and the LoRAs to merge into it, of which the last may lie beside it. One with line.json
+refers to two, and how far to go from the one through the other. Knows nothing of data or training.
 """
 
 import hashlib
@@ -23,8 +23,9 @@ from torch import nn
 
 from dedup import manifest
 from defense import lora
+from defense.extrapolation import extrapolate
 
-INDEX, BASE = "model_index.json", "base.json"
+INDEX, BASE, LINE = "model_index.json", "base.json", "line.json"
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")  # org/name, org/name@revision
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
@@ -57,7 +58,10 @@ def load_pipeline(
     safety checker is left out. Raises ModelError or LoraError.
     """
     folder = find_folder(base, pickled)
-    pipeline = _load_changed(folder) if (folder / BASE).exists() else _load_plain(folder, pickled)
+    if (folder / LINE).exists():
+        pipeline = _load_line(folder)
+    else:
+        pipeline = _load_changed(folder) if (folder / BASE).exists() else _load_plain(folder, pickled)
     for path in loras:
         lora.merge_lora(pipeline, Path(path))
     pipeline.set_progress_bar_config(disable=True)
@@ -151,6 +155,16 @@ def describe_base(
     return described | {"loras": before + merged}
 
 
+def save_line(folder: Path, tuned: Path, base: str | Path, weight: float) -> DiffusionPipeline:
+    """Write line.json, which `load_pipeline` opens, and return that pipeline. Raises ModelError, ExtrapolationError."""
+    ends = load_pipeline(tuned), load_pipeline(base)
+    digests = [digest_weights(pipeline) for pipeline in ends]
+    line = {"models": [str(Path(tuned).resolve()), _name_lasting(base)], "weights_sha256": digests, "weight": weight}
+    pipeline = extrapolate(*ends, weight)
+    manifest.write_json(folder / LINE, line)
+    return pipeline
+
+
 def digest_weights(pipeline: DiffusionPipeline) -> str:
     """sha256 over every tensor of the pipeline, by name."""
     state = hashlib.sha256()
@@ -209,6 +223,16 @@ def _load_plain(folder: Path, pickled: Sequence[str]) -> DiffusionPipeline:
             place = folder / part if (folder / part).is_dir() else folder  # old pipelines of one network are flat
             options[part] = open_network(network, place, folder, pickled)
     return open_folder(DiffusionPipeline, folder, **options)
+
+
+def _load_line(folder: Path) -> DiffusionPipeline:
+    """The pipeline of a folder with line.json. Raises ModelError or ExtrapolationError."""
+    line = manifest.read_json(folder / LINE)
+    tuned, base = (load_pipeline(place) for place in line["models"])
+    for place, pipeline, digest in zip(line["models"], (tuned, base), line["weights_sha256"], strict=True):
+        if digest_weights(pipeline) != digest:
+            raise ModelError(f"{place} is no longer the model that {folder} was made from")
+    return extrapolate(tuned, base, line["weight"])
 
 
 def _load_changed(folder: Path) -> DiffusionPipeline:

@@ -4,8 +4,6 @@
 Knows nothing of data or training.
 """
 
-import gzip
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from defense.captions import read_merges
 from defense.model import ModelError, open_network
 
 AUTOENCODER = Path(__file__).parent / "weights" / "autoencoder"
-MERGES = 49_152 - 256 - 2  # of the vocabulary file; CLIP uses no more (openai/CLIP, simple_tokenizer.py)
 HEADS = 4  # attention heads; diffusers passes their number as `attention_head_dim`
 GROUPS = 16  # of the group norms
 
@@ -109,17 +107,8 @@ def build_scheduler(prediction_type: str) -> DDIMScheduler:
 
 
 def build_tokenizer(length: int) -> CLIPTokenizer:
-    """CLIP's tokenizer (Radford et al. 2021; 49,408 byte-pair tokens), cut to `length` tokens a caption.
-
-    The vocabulary file comes with the package open-clip-torch. It is only read: that package is never
-    imported.
-    """
-    package = importlib.util.find_spec("open_clip")
-    if package is None or not package.submodule_search_locations:
-        raise ModuleNotFoundError("CLIP's vocabulary comes with open-clip-torch", name="open-clip-torch")
-    path = Path(package.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
-    lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-    merges: list[Any] = [tuple(line.split()) for line in lines[1 : MERGES + 1]]
+    """CLIP's tokenizer (Radford et al. 2021; 49,408 byte-pair tokens), cut to `length` tokens a caption."""
+    merges: list[Any] = [tuple(line.split()) for line in read_merges()]
     alphabet = list(bytes_to_unicode().values())
     words = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]
     vocabulary = {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}

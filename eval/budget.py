@@ -21,7 +21,8 @@ import polars as pl
 from dedup import manifest
 from eval import metrics
 from eval.calibrate import Calibration, calibrate, freeze
-from eval.detectors import DetectError, score_prompts
+from eval.denoiser import DenoiserError
+from eval.detectors import score_prompts
 from eval.extraction import clique_threshold, find_controls, read_images, score_clique
 from eval.generate import (
     BASE_SEED,
@@ -135,7 +136,7 @@ def generate_within(runs: Sequence[Path], rule: Rule = Rule(), **options: Any) -
 
     options: of `generate.list_asked`. A prompt that got no image has one row with status "pruned". The thresholds are
     frozen in calibration.json of each run before anything is drawn.
-    Raises BudgetError, DetectError, GenerateError, CalibrationError, TargetError, ModelError or OSError.
+    Raises BudgetError, GenerateError, CalibrationError, TargetError, ModelError or OSError.
     """
     from dedup.options import lock
 
@@ -239,7 +240,7 @@ def detect(arm: Arm, rule: Rule) -> np.ndarray:
         seeds = [[derive_seed(target, j) for j in range(rule.noises)] for target in ids]
         try:
             scores = score_prompts(open_model(arm.run), prompts, seeds, [rule.detector])[rule.detector]
-        except DetectError as error:
+        except DenoiserError as error:
             raise BudgetError(f"{error}; --detector none gives every prompt {rule.first} images") from error
         manifest.write_parquet(path, arm.asked.select("target_id").with_columns(score=pl.Series(scores)))
     found = pl.read_parquet(path).group_by("target_id", maintain_order=True).agg(pl.col("score").max())

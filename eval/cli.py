@@ -98,22 +98,68 @@ def detect(
 @app.command()
 def attack(
     run: RunArgument,
-    attack: Annotated[str, typer.Option(metavar="NAME", help="clique, adaptive or template.")] = "clique",
+    attack: Annotated[str, typer.Option(metavar="NAME", help="clique, adaptive, template or replication.")] = "clique",
+    encoder: Annotated[str, typer.Option(help="Of replication: sscd-distilled or sscd.")] = "sscd-distilled",
     json_: JsonOption = False,
 ) -> None:
-    """Score the generated images: which training images came back."""
+    """Score the generated images: which training images came back, and how often that happens by chance."""
     with defense.cli.require_extra("eval"):
+        from dedup import manifest
         from eval.extraction import attack as run_attack
+        from eval.summary import describe_scores
 
-        scores = run_attack(run, attack)
-    member, control = (scores.filter(prompt_kind=kind) for kind in ("member", "control"))
-    counts = {"members": len(member), "extracted": member["extracted"].sum()}
-    counts |= {"controls": len(control), "control_hits": control["extracted"].sum()}
-    text = (
-        f"{counts['extracted']} of {counts['members']} training images extracted, "
-        f"{counts['control_hits']} of {counts['controls']} controls: {run / f'scores-{attack}.parquet'}"
-    )
-    typer.echo(json.dumps(counts) if json_ else text)
+        run_attack(run, attack, encoder=encoder)
+        summary = manifest.read_json(run / f"attack-{attack}.json")
+    where = f"details: {run}/attack-{attack}.json, scores: {run}/scores-{attack}.parquet"
+    typer.echo(json.dumps(summary) if json_ else f"{describe_scores(summary, attack)}\n{where}")
+
+
+@app.command()
+def probe(
+    run: RunArgument,
+    start: Annotated[str, typer.Option(help="Where the search begins: caption or random.")] = "caption",
+    n: Annotated[int, typer.Option("-n", help="Images a target.")] = 4,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 15,
+    limit: Annotated[int, typer.Option(help="Targets of a dataset without canaries.")] = 200,
+    json_: JsonOption = False,
+) -> None:
+    """Hidden or gone? Search for what the model must be told to give each training image back.
+
+    Such a search can make a model draw what it never saw: what counts is the difference from the controls.
+
+        unmemorize probe RUN --start random
+    """
+    with defense.cli.require_extra("train"):
+        from dedup import manifest
+        from eval.probe import probe as probe_model
+        from eval.summary import describe_scores
+
+        probe_model(run, start=start, n=n, steps=steps, limit=limit)
+        summary = manifest.read_json(run / "attack-probe.json")
+    where = f"details: {run}/attack-probe.json, scores: {run}/scores-probe.parquet"
+    typer.echo(json.dumps(summary) if json_ else f"{describe_scores(summary, 'probe')}\n{where}")
+
+
+@app.command()
+def membership(
+    run: RunArgument,
+    n: Annotated[int, typer.Option("-n", min=1, help="Noises a picture.")] = 4,
+    limit: Annotated[int, typer.Option(min=1, help="Pictures of either kind, if none were planted.")] = 1_000,
+    json_: JsonOption = False,
+) -> None:
+    """Can the model tell pictures that it was trained on from others of the same kind? No image is drawn.
+
+    Members against canaries that were never planted, or what training held out. A sensitive sign of what changed
+    between two models; no proof of copying.
+
+        unmemorize membership RUN
+    """
+    with defense.cli.require_extra("train"):
+        from eval.membership import describe
+        from eval.membership import infer_membership as infer
+
+        summary = infer(run, n=n, limit=limit)
+    typer.echo(json.dumps(summary) if json_ else describe(summary, run))
 
 
 @app.command()

@@ -24,6 +24,8 @@ from eval.calibrate import Calibration, calibrate, freeze
 from eval.distances import flip, l2, max_tile_l2, scale
 from eval.generate import GENERATIONS, read_config
 from eval.masks import TEMPLATE, build_masks, score_template
+from eval.replication import ENCODERS, REPLICATION, embed_reference, score_replication, summarise_similarity
+from eval.summary import summarise_scores
 from eval.targets import TARGETS, Yardstick, load_pixels, load_yardstick
 
 EXACT_CLIQUE = 64  # generations up to which the largest clique is found for certain
@@ -60,7 +62,10 @@ CLIQUE: dict[str, pl.DataType | type[pl.DataType]] = {
     "direct": pl.Boolean,  # clique_flag, and the medoid within delta: the whole rule of Carlini et al.
 }
 SCORES = EVERY | CLIQUE
-SCHEMAS = {"clique": SCORES, "adaptive": EVERY | ADAPTIVE, "template": EVERY | TEMPLATE}  # columns of each attack
+SCHEMAS = {  # columns of each attack
+    **{"clique": SCORES, "adaptive": EVERY | ADAPTIVE, "template": EVERY | TEMPLATE},
+    "replication": EVERY | REPLICATION,
+}
 
 # Generations of one target, float32 (G, R, R, 3), the target's row in the yardstick, thresholds, and how many there
 # should be → the columns of the attack, files given by their number
@@ -71,10 +76,12 @@ class AttackError(ValueError):
     """Generations that cannot be scored."""
 
 
-def attack(run: Path, name: str = "clique") -> pl.DataFrame:
+def attack(run: Path, name: str = "clique", *, encoder: str = ENCODERS[0]) -> pl.DataFrame:
     """Score the generations of RUN; returns scores-<name>.parquet, columns SCHEMAS[name], one row a target.
 
-    Raises AttackError, CalibrationError, TargetError or OSError.
+    Writes attack-<name>.json too (`summary.summarise_scores`).
+    encoder: of the attack `replication`. Raises AttackError, CalibrationError, ReplicationError, EncoderError,
+    TargetError or OSError.
     """
     if name not in ATTACKS:
         raise AttackError(f"unknown attack {name!r}: choose one of {', '.join(ATTACKS)}")
@@ -96,6 +103,8 @@ def attack(run: Path, name: str = "clique") -> pl.DataFrame:
     if name == "template":
         masks, partners = build_masks(out, yardstick.targets, yardstick.target_pixels)
         yardstick = replace(yardstick, masks=masks, partners=partners)
+    if name == "replication":
+        yardstick = replace(yardstick, embedded=embed_reference(yardstick, encoder))
     copies = count_copies(out, yardstick, calibration)
     by_target = generations.partition_by("prompt_id", as_dict=True, maintain_order=True)
     scores = []
@@ -109,13 +118,17 @@ def attack(run: Path, name: str = "clique") -> pl.DataFrame:
         for column in found.keys() & {"best_file", "medoid_file"}:
             found[column] = None if found[column] is None else made["file"][found[column]]
         kinds = mine["caption_kind"].unique()
-        shown = {"prompt": mine["prompt"][0], "digest": mine["digest"][0], "eidetic_k": copies[place]}
-        shown |= {"caption_kind": kinds[0] if len(kinds) == 1 else "all"}
+        shown = {column: mine[column][0] for column in ("prompt", "digest")}
+        shown |= {"caption_kind": kinds[0] if len(kinds) == 1 else "all", "eidetic_k": copies[place]}
         scores.append(target | found | shown | {"n_generations": len(drawn), "n_nan": len(drawn) - len(made)})
     if name == "adaptive":
         pool(scores, yardstick)
     table = pl.DataFrame(scores, schema=SCHEMAS[name])
+    summary = summarise_scores(table)
+    if yardstick.embedded is not None:
+        summary["similarity"]["training"] = summarise_similarity(yardstick.embedded.nearest)
     manifest.write_parquet(run / f"scores-{name}.parquet", table)
+    manifest.write_json(run / f"attack-{name}.json", summary)
     return table
 
 
@@ -242,4 +255,7 @@ def _grow_clique(joined: np.ndarray, start: int) -> np.ndarray:
     return np.array(sorted(clique), dtype=np.int64)
 
 
-ATTACKS: dict[str, Attack] = {"clique": score_clique, "adaptive": score_adaptive, "template": score_template}
+ATTACKS: dict[str, Attack] = {
+    **{"clique": score_clique, "adaptive": score_adaptive, "template": score_template},
+    "replication": score_replication,
+}

@@ -45,6 +45,16 @@ class TargetError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Embedded:
+    """The reference as an encoder sees it."""
+
+    encoder: str
+    described: str  # encoder, digest of its weights, preprocessing
+    vectors: np.ndarray  # float32 (reference, d), of length 1
+    nearest: np.ndarray  # float32 (reference,): cosine of each picture to the nearest other one
+
+
+@dataclass(frozen=True, slots=True)
 class Yardstick:
     """Targets and reference with their pixels, uint8 (N, R, R, 3), in the order of the tables."""
 
@@ -55,6 +65,7 @@ class Yardstick:
     own: np.ndarray  # bool (targets, reference): shows the picture of the target, or belongs to its component
     masks: np.ndarray | None = None  # bool (targets, R, R): the template of each, for the attack that needs them
     partners: np.ndarray | None = None  # int64 (targets,): pictures that the mask was made of
+    embedded: Embedded | None = None  # the reference, for the attack that compares embeddings
 
 
 def load_yardstick(

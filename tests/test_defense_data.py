@@ -16,7 +16,7 @@ from PIL import Image
 
 from dedup import images, manifest, sources
 from dedup.hashing import digest
-from defense import data, tiny
+from defense import captions, data
 from defense.conditions import embed_captions
 from defense.tiny import build_tiny
 
@@ -111,7 +111,7 @@ def build_small(folder: Path, seed: int = 0, **options: object):
     """A pipeline with an untrained autoencoder that takes milliseconds a step."""
     small = {"channels": (32, 32), "text_width": 32, "text_layers": 1, "caption_tokens": 8} | options
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "MERGES", 3_000)  # enough for the words of the tests; the whole vocabulary opens slowly
+        patch.setattr(captions, "MERGES", 3_000)  # enough for the words of the tests; the whole vocabulary opens slowly
         return build_tiny(seed, autoencoder=write_autoencoder(folder / "autoencoder"), **small)
 
 
