@@ -225,8 +225,7 @@ def open_arm(run: Path, rule: Rule, options: dict[str, Any]) -> Arm:
         held_out=config["config"]["held_out"],
         controls=find_controls(asked),
     )
-    calibration = calibrate(yardstick)
-    freeze(calibration, run / "calibration.json")
+    calibration = freeze(calibrate(yardstick, config.get("pipeline")), run / "calibration.json")
     digest = digest_model(run / "model", settings | {"base_seed": BASE_SEED, "budget": asdict(rule)})
     return Arm(run, run / "generations" / digest, asked, settings, yardstick, calibration, {})
 

@@ -96,6 +96,23 @@ def detect(
 
 
 @app.command()
+def calibrate(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Runs with generations that are to be compared.")],
+    json_: JsonOption = False,
+) -> None:
+    """Set the thresholds by prompts that no model was trained on, before `attack`: how often is a match false?
+
+    unmemorize calibrate RUN_A RUN_B
+    """
+    from dataclasses import asdict
+
+    from eval.controls import calibrate_runs, describe_calibration
+
+    calibration = calibrate_runs(runs)
+    typer.echo(json.dumps(asdict(calibration)) if json_ else describe_calibration(calibration))
+
+
+@app.command()
 def attack(
     run: RunArgument,
     attack: Annotated[str, typer.Option(metavar="NAME", help="clique, adaptive, template or replication.")] = "clique",

@@ -98,8 +98,8 @@ def attack(run: Path, name: str = "clique", *, encoder: str = ENCODERS[0]) -> pl
     )
     if n_lost := generations["prompt_id"].n_unique() - len(yardstick.targets):
         raise AttackError(f"{run}: {n_lost} prompts belong to no target of {out}: run `unmemorize generate` again")
-    calibration = calibrate(yardstick)
-    freeze(calibration, run / "calibration.json")
+    calibration = freeze(calibrate(yardstick, config.get("pipeline")), run / "calibration.json")
+    check_generations(calibration, generations, run)
     if name == "template":
         masks, partners = build_masks(out, yardstick.targets, yardstick.target_pixels)
         yardstick = replace(yardstick, masks=masks, partners=partners)
@@ -141,6 +141,16 @@ def read_generations(run: Path) -> pl.DataFrame:
     if (n := generations["n"][0]) < FEWEST:
         raise AttackError(f"{run}: {n} generations a prompt; a clique needs {FEWEST} or more: generate -n 16")
     return generations
+
+
+def check_generations(calibration: Calibration, generations: pl.DataFrame, run: Path) -> None:
+    """Raise AttackError when the false matches of the calibration are of another number of images a prompt."""
+    measured, n = calibration.controls, generations["n"][0]
+    if measured is not None and measured["generations"] != n:
+        raise AttackError(
+            f"{run}: calibrated with {measured['generations']} generations a prompt, and there are {n}, of which one "
+            f"matches more or less easily: generate -n {measured['generations']}, or calibrate again"
+        )
 
 
 def find_controls(generations: pl.DataFrame) -> Path | None:
