@@ -2,9 +2,9 @@
 
     python benchmarks/attacks.py DIR [--seeds 3]
 
-DIR holds raw-S, refill-S and untrained-0 as benchmarks/detectors.py leaves them. For every seed: extrapolation from refill
-through raw and back the other way, the residual probe, replication, membership. Prints the tables of docs/benchmarks.md;
-whatever is there is not made again. Means over the seeds come with Student's t.
+DIR holds raw-S, refill-S and untrained-S as benchmarks/detectors.py leaves them. For every seed: extrapolation from
+refill through raw, and the other way round, the residual probe, replication, membership. Prints the tables of
+docs/benchmarks.md; whatever is there is not made again. Means over the seeds come with Student's t.
 """
 
 from pathlib import Path
@@ -16,14 +16,15 @@ import typer
 
 from dedup import manifest
 from defense.adopt import extrapolate
+from defense.model import load_pipeline
 from eval import metrics, stats
-from eval.extraction import attack
+from eval.extraction import attack, read_images
 from eval.generate import generate
-from eval.membership import SCORES, infer_membership
+from eval.membership import SCORES, infer_membership, score_pictures
 from eval.probe import STARTS, probe
 
 ARMS = ("raw", "refill", "untrained")
-WEIGHTS = (2.0, 3.0, 5.0)
+WEIGHTS = (1.5, 2.0, 3.0)
 
 
 def find_runs(directory: Path, seeds: int) -> dict[str, list[Path]]:
@@ -51,7 +52,7 @@ def print_extrapolation(directory: Path, runs: dict[str, list[Path]]) -> None:
         "raw → refill": [(refill, raw) for raw, refill in pairs],
         "untrained → raw": [(raw, base) for raw, base in zip(runs["raw"], runs["untrained"], strict=False)],
     }.items():
-        for weight in WEIGHTS if name == "refill → raw" else WEIGHTS[1:2]:
+        for weight in WEIGHTS if name == "refill → raw" else WEIGHTS[-1:]:
             tables = []
             for tuned, base in ends:
                 new = directory / f"line-{tuned.name}-{base.name}-{weight:g}"
@@ -80,9 +81,7 @@ def count(rows: pl.DataFrame) -> str:
 
 def print_probe(runs: dict[str, list[Path]], start: str) -> None:
     print(f"\n### Residual probe from {start} (4 images a target)\n")
-    print(
-        "| model | images planted twice or more | planted once | never planted | members less controls, of generations |"
-    )
+    print("| model | planted twice or more | planted once | never planted | generations: first less third column |")
     print("|---|---|---|---|---|")
     for arm in ARMS:
         tables = []
@@ -118,9 +117,8 @@ def print_replication(runs: dict[str, list[Path]]) -> None:
         tables = [score(run, "replication") for run in runs[arm]]
         summaries[arm] = [manifest.read_json(run / "attack-replication.json")["similarity"] for run in runs[arm]]
         if arm == "raw":
-            print(
-                f"Encoder: {tables[0]['encoder'][0]}; cut {', '.join(f'{t["similarity_cut"][0]:.3f}' for t in tables)}\n"
-            )
+            cuts = ", ".join(f"{table['similarity_cut'][0]:.3f}" for table in tables)
+            print(f"Encoder: {tables[0]['encoder'][0]}; cut {cuts}\n")
             print("| model | extracted, planted twice or more | never planted | generations of another picture |")
             print("|---|---|---|---|")
         rows = pl.concat(tables)
@@ -141,9 +139,7 @@ def print_membership(runs: dict[str, list[Path]]) -> None:
     found = {arm: [infer_membership(run) for run in mine] for arm, mine in runs.items()}
     first = found["raw"][0]
     print(f"{first['members']} members, {first['others']} others a seed. AUC:\n")
-    print(
-        "| score | raw | refill | untrained | raw, planted once | beats blind (raw, refill) |\n|---|---|---|---|---|---|"
-    )
+    print("| score | raw | refill | untrained | raw, planted once | beats blind |\n|---|---|---|---|---|---|")
     for name in (*SCORES, "dataset", "jpeg-bytes"):
         areas = {arm: [s["scores"][name]["auc"]["estimate"] for s in mine] for arm, mine in found.items()}
         cells = [describe_mean(areas[arm]) for arm in ARMS]
@@ -166,6 +162,22 @@ def print_membership(runs: dict[str, list[Path]]) -> None:
     )
 
 
+def print_spikiness(runs: list[Path]) -> None:
+    """Of generations, as in the paper: which prompts are memorised, by the mean over their generations."""
+    areas = []
+    for run in runs:
+        table, scores = pl.read_parquet(run / "generations.parquet").filter(status="ok"), score(run, "clique")
+        pixels = (read_images(run, table["file"], 32) * 255).round().astype(np.uint8)
+        captions = table["prompt"].to_list()
+        noises = [[seed, seed + 1] for seed in table["seed"]]
+        pipeline = load_pipeline(run / "model")
+        found = score_pictures(pipeline, pixels, captions, noises, {"spikiness": SCORES["spikiness"]})["spikiness"]
+        mean = table.select("prompt_id", found=found).group_by("prompt_id").mean()
+        joined = scores.join(mean, left_on="target_id", right_on="prompt_id")
+        areas.append(metrics.auc(joined["found"].to_numpy(), joined["extracted"].to_numpy()).estimate)
+    print(f"\nSpikiness of generations, AUC of prompts that were extracted (raw): {describe_mean(areas)}")
+
+
 def main(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of benchmarks/detectors.py.")],
     seeds: Annotated[int, typer.Option(help="How many of its seeds.")] = 3,
@@ -175,6 +187,7 @@ def main(
     print_membership(runs)
     print_extrapolation(directory, runs)
     print_replication(runs)
+    print_spikiness(runs["raw"])
     for start in STARTS:
         print_probe(runs, start)
 

@@ -11,6 +11,12 @@ app = typer.Typer(no_args_is_help=True)
 
 ARMS = "raw, refill, dedup, dedup-exposure, random-drop, reweighted, oracle or hash"
 OURS = ("dedup", "defense", "eval")
+GuardOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[=NUMBER]", help="Defence at sampling (docs/training.md), such as copy; may be repeated."
+    ),
+]
 
 
 class MissingExtraError(ValueError):

@@ -5,6 +5,7 @@ Absent keys keep their defaults, unknown ones are refused. Knows nothing of mode
 
 import difflib
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -85,22 +86,36 @@ class TrainConfig:
 
 def load_config(path: Path) -> TrainConfig:
     """A flat TOML file → TrainConfig. Raises ConfigError or OSError."""
+    return parse_config(read_toml(path), str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises ConfigError or OSError."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: no valid TOML ({error})") from error
-    types = get_type_hints(TrainConfig)
+
+
+def parse_config(values: dict[str, Any], where: str) -> TrainConfig:
+    """The keys of a flat table → TrainConfig. Raises ConfigError, which names `where`."""
+    if idle := [key for key in values if key in (TINY if values.get("base") else FINETUNE) and key != "base"]:
+        why = "the model is that of base" if values.get("base") else "there is no base to fine-tune"
+        raise ConfigError(f"{where}: {', '.join(idle)} would have no effect: {why}")
+    return parse_table(TrainConfig, values, where)
+
+
+def parse_table[T](kind: Callable[..., T], values: dict[str, Any], where: str) -> T:
+    """A table → the dataclass `kind`, whose fields are its keys. Raises ConfigError, which names `where`."""
+    types = get_type_hints(kind)
     for key in (key for key in values if key not in types):
         near = difflib.get_close_matches(key, types, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(types)}"
-        raise ConfigError(f"{path}: unknown key {key!r}: {hint}")
-    if idle := [key for key in values if key in (TINY if values.get("base") else FINETUNE) and key != "base"]:
-        why = "the model is that of base" if values.get("base") else "there is no base to fine-tune"
-        raise ConfigError(f"{path}: {', '.join(idle)} would have no effect: {why}")
+        raise ConfigError(f"{where}: unknown key {key!r}: {hint}")
     try:
-        return TrainConfig(**{key: _convert(key, value, types[key]) for key, value in values.items()})
+        return kind(**{key: _convert(key, value, types[key]) for key, value in values.items()})
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _convert(key: str, value: Any, kind: Any) -> Any:

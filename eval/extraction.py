@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dedup import manifest
 from eval.adaptive import ADAPTIVE, pool, score_adaptive
 from eval.calibrate import Calibration, calibrate, freeze
-from eval.distances import flip, l2, max_tile_l2, scale
+from eval.distances import flip, l2, max_tile_l2, near_any, scale
 from eval.generate import GENERATIONS, read_config
 from eval.masks import TEMPLATE, build_masks, score_template
 from eval.replication import ENCODERS, REPLICATION, embed_reference, score_replication, summarise_similarity
@@ -187,13 +187,12 @@ def score_clique(
     target = scale(yardstick.target_pixels[place : place + 1])
     delta = calibration.delta[yardstick.targets["target_id"][place]]
     distance, mirrored = l2(images, target)[:, 0], l2(images, flip(target))[:, 0]  # (G,)
-    others = scale(yardstick.reference_pixels[~yardstick.own[place]])
     matches = int((distance <= delta).sum())
     score: dict[str, Any] = {
         "delta": delta,
         "matches": matches,
         "matches_flip": int((mirrored <= delta).sum()),
-        "wrong_matches": int((l2(images, others) <= delta).any(axis=1).sum()),
+        "wrong_matches": int(near_any(images, yardstick.reference_pixels, ~yardstick.own[place], delta).sum()),
         "best_distance": float(distance.min()) if len(images) else None,
         "best_file": int(distance.argmin()) if len(images) else None,
         "best_distance_flip": float(mirrored.min()) if len(images) else None,

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import polars as pl
 from PIL import Image
 from tqdm import tqdm
@@ -26,7 +25,7 @@ from eval.prompts import GIVEN, list_captions
 from eval.targets import load_targets
 
 if TYPE_CHECKING:
-    from defense.sampling import DenoisingStep
+    from defense.guards import Drawn, Sampler
 
 BASE_SEED = "unmemorize-1"  # the same for every arm, run and dataset
 UNCONDITIONAL = ("DDPMPipeline",)  # models that take no prompt; every image of theirs is as good as any other
@@ -38,8 +37,8 @@ GENERATIONS: dict[str, pl.DataType | type[pl.DataType]] = {
     "prompt_kind": pl.String,  # "member" or "control"
     "cluster_id": pl.Int64,
     "seed": pl.Int64,
-    "guard": pl.String,  # "none"
-    "status": pl.String,  # "ok"; "nan" when the model gave no finite numbers, then there is no file
+    "guard": pl.String,  # of `guards.name_guards`; "none"
+    "status": pl.String,  # "ok"; without a file: "nan" (the model gave no finite numbers), "refused" (by a guard)
     "file": pl.String,  # relative to RUN
     "digest": pl.String,  # of model and settings, the three below included
     "guidance_scale": pl.Float64,
@@ -65,12 +64,14 @@ def generate(
     captions: str = "all",
     order: str = "stratified",
     controls: Path | None = None,
+    guards: Sequence[str] = (),
 ) -> pl.DataFrame:
     """n images for every target (`targets.load_targets`: limit, order, controls); returns generations.parquet.
 
     captions: of `prompts.list_captions`; all that a target has in equal share, one image at least of each as far as n
-    goes. prompts: CSV file with the columns target_id and prompt: other prompts, for these targets only.
-    Raises GenerateError, TargetError, ModelError or OSError.
+    goes. prompts: CSV file with the columns target_id and prompt: other prompts, for these targets only. guards:
+    defences around the sampler (`defense.guards`); what they compared is in RUN/guards.parquet.
+    Raises GenerateError, GuardError, TargetError, ModelError or OSError.
     """
     from dedup.options import lock
 
@@ -86,15 +87,19 @@ def generate(
         order=order,
         controls=controls,
     )
-    digest = digest_model(run / "model", settings | {"base_seed": BASE_SEED, "batch": BATCH})
+    digest = digest_model(run / "model", decide(run, settings, guards) | {"batch": BATCH})
     folder = run / "generations" / digest
     names = [name_prompt(row["target_id"], row["prompt"], row["numbers"]) for row in asked.iter_rows(named=True)]
     todo = [i for i, name in enumerate(names) if not (folder / f"{name}.parquet").exists()]
     with lock(run):
         if todo:
-            _sample_targets(run, folder, asked[todo], [names[i] for i in todo], settings)
+            _sample_targets(run, folder, asked[todo], [names[i] for i in todo], settings, guards)
         table = pl.concat([pl.read_parquet(folder / f"{name}.parquet") for name in names])
         manifest.write_parquet(run / "generations.parquet", table)
+        (run / "guards.parquet").unlink(missing_ok=True)
+        if guards:
+            logs = [pl.read_parquet(folder / f"{name}-guards.parquet") for name in names]
+            manifest.write_parquet(run / "guards.parquet", pl.concat(logs))
     return table
 
 
@@ -173,8 +178,18 @@ def name_prompt(target_id: str, prompt: str, numbers: Sequence[int]) -> str:
     return hashlib.sha256(json.dumps([target_id, prompt, list(numbers)]).encode()).hexdigest()[:16]
 
 
+def decide(run: Path, settings: dict[str, Any], guards: Sequence[str]) -> dict[str, Any]:
+    """What decides an image beside the model: part of the digest."""
+    from defense.guards import name_guards
+
+    decisive = settings | {"base_seed": BASE_SEED}
+    if guards:  # some of them look into OUT
+        decisive |= {"guard": name_guards(guards), "out": read_config(run)["out_sha256"]}
+    return decisive
+
+
 def open_model(run: Path) -> Any:
-    """The pipeline of RUN on its device, ready to be sampled with as many threads as its config says."""
+    """The pipeline of RUN on its device, to be used with as many threads as its config says."""
     import torch
 
     from defense.model import load_pipeline
@@ -184,61 +199,70 @@ def open_model(run: Path) -> Any:
     return load_pipeline(run / "model", device=config.get("device", "auto"))
 
 
-def _sample_targets(run: Path, folder: Path, asked: pl.DataFrame, names: list[str], settings: dict[str, Any]) -> None:
-    pipeline = open_model(run)
+def open_sampler(run: Path, settings: dict[str, Any], guards: Sequence[str]) -> "Sampler":
+    """The model of RUN behind its guards."""
+    from defense.guards import Setting, build_sampler
+
+    config, pipeline = read_config(run), open_model(run)
+    side, out = config["config"]["resolution"], Path(config["out"])
+    setting = Setting(pipeline, settings["steps"], settings["guidance_scale"], BATCH, side, out)
+    return build_sampler(guards, setting)
+
+
+def _sample_targets(
+    run: Path,
+    folder: Path,
+    asked: pl.DataFrame,
+    names: list[str],
+    settings: dict[str, Any],
+    guards: Sequence[str],
+) -> None:
+    sampler = open_sampler(run, settings, guards)
     total = int(asked["numbers"].list.len().sum())
     with tqdm(desc=f"generate {run.name}", unit=" images", total=total, file=sys.stderr, disable=None) as bar:
         for name, row in zip(names, asked.iter_rows(named=True), strict=True):
-            table = draw(pipeline, run, folder, name, row, row["numbers"], settings)
-            manifest.write_parquet(folder / f"{name}.parquet", table)
-            bar.update(len(table))
+            draw(sampler, run, folder, name, row, row["numbers"], settings, guards)
+            bar.update(len(row["numbers"]))
 
 
 def draw(
-    pipeline: Any,
+    sampler: "Sampler",
     run: Path,
     folder: Path,
     name: str,
     row: dict[str, Any],
     numbers: Sequence[int],
     settings: dict[str, Any],
-) -> pl.DataFrame:
-    """Images `numbers` of a row of `list_asked`, as folder/<name>-<number>.png; returns their rows of GENERATIONS."""
+    guards: Sequence[str],
+) -> None:
+    """Images `numbers` of a row of `list_asked`, as folder/<name>-<number>.png, and their table <name>.parquet."""
+    from defense.guards import name_guards
+
     seeds = [derive_seed(row["target_id"], j) for j in numbers]
-    pixels, finite = _sample(pipeline, row["prompt"], seeds, settings)
-    files = [folder / f"{name}-{j:03d}.png" if there else None for j, there in zip(numbers, finite, strict=True)]
-    for path, image in zip(files, pixels, strict=True):
+    drawn = _sample(sampler, row["prompt"], seeds)
+    files = [
+        folder / f"{name}-{j:03d}.png" if status == "ok" else None
+        for j, status in zip(numbers, drawn.status, strict=True)
+    ]
+    for path, image in zip(files, drawn.pixels, strict=True):
         if path is not None:
             manifest.write_atomic(path, partial(Image.fromarray(image).save, format="PNG"))
+    told = ("prompt", "prompt_kind", "cluster_id", "caption_kind", "controls")
     table = pl.DataFrame({"seed": seeds}).with_columns(
         **{option: pl.lit(value) for option, value in settings.items()},
-        **{name: pl.lit(row[name]) for name in ("prompt", "prompt_kind", "cluster_id", "caption_kind", "controls")},
+        **{column: pl.lit(row[column]) for column in told},
         prompt_id=pl.lit(row["target_id"]),
-        guard=pl.lit("none"),
-        status=pl.Series(["ok" if path else "nan" for path in files]),
+        guard=pl.lit(name_guards(guards)),
+        status=pl.Series(drawn.status),
         file=pl.Series([path and path.relative_to(run).as_posix() for path in files], dtype=pl.String),
         digest=pl.lit(folder.name),
     )
-    return table.select(pl.col(column).cast(kind) for column, kind in GENERATIONS.items())
+    table = table.select(pl.col(column).cast(kind) for column, kind in GENERATIONS.items())
+    if guards:
+        log = drawn.log.select(pl.lit(row["target_id"]).alias("prompt_id"), pl.all())
+        manifest.write_parquet(folder / f"{name}-guards.parquet", log)
+    manifest.write_parquet(folder / f"{name}.parquet", table)
 
 
-def _sample(pipeline: Any, prompt: str, seeds: list[int], settings: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (n, H, W, 3), and bool (n,): whether the latents stayed finite."""
-    from defense.sampling import sample
-
-    finite = np.ones(len(seeds), bool)
-
-    def watch(step: "DenoisingStep") -> None:
-        batch = step.latents.isfinite().flatten(1).all(dim=1).cpu().numpy()  # (B,)
-        finite[step.first : step.first + len(batch)] &= batch
-
-    pixels = sample(
-        pipeline,
-        [prompt] * len(seeds),
-        seeds,
-        steps=settings["steps"],
-        guidance_scale=settings["guidance_scale"],
-        batch_size=BATCH,
-        on_step=watch,
-    )
-    return pixels, finite
+def _sample(sampler: "Sampler", prompt: str, seeds: list[int]) -> "Drawn":
+    return sampler([prompt] * len(seeds), seeds)
