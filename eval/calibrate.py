@@ -230,7 +230,8 @@ def freeze(calibration: Calibration, path: Path) -> Calibration:
     full = before | {name: now[name] for name in now.keys() - before.keys()}  # of a version that knew fewer thresholds
     if full["controls"] is not None and now["controls"] is None:
         now |= {name: full[name] for name in ("controls", "delta_edge")}
-    now["family"] = now["family"] or full["family"]
+    if None in (now["family"], full["family"]):  # nobody said
+        now["family"] = full["family"]
     known = {target: full.get("delta", {}).get(target) for target in now["delta"]}
     changed = [name for name, value in now.items() if (known if name == "delta" else full[name]) != value]
     if changed:

@@ -185,9 +185,11 @@ def membership(
 
 @app.command()
 def review(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A finished `unmemorize dedup`.")],
-    n: Annotated[int, typer.Option("-n", min=1, help="Removals to label.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Draws which.")] = 0,
+    out: Annotated[Path, typer.Argument(metavar="OUT|RUN", help="A finished `dedup`, or a run that was attacked.")],
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, help="Pairs to label; default: 100 removals, or the 1,000 top prompts.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws which, and in which order.")] = 0,
     folder: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="For the page; default: OUT/review.")
     ] = None,
@@ -197,15 +199,29 @@ def review(
     jobs: Annotated[int, typer.Option(min=0, help="Worker processes; 0 = one per processor.")] = 0,
     json_: JsonOption = False,
 ) -> None:
-    """How many removals are right? A random sample to label. Example: unmemorize review photos-dedup -n 100"""
+    """How many removals are right? A random sample to label. Or: which generations are copies? The top ones to label.
+
+    unmemorize review photos-dedup -n 100
+    unmemorize review RUN
+    """
+    where = folder or out / "review"
+    if (out / "config.json").exists():
+        from eval import labels as labelling
+
+        if labels is not None:
+            found = labelling.judge_labels(out, where, labels)
+            typer.echo(json.dumps(found) if json_ else labelling.describe_labels(found))
+        else:
+            sample = labelling.write_labels(out, where, n=n or 1_000, seed=seed)
+            typer.echo(json.dumps(sample) if json_ else labelling.describe_sample(sample, where))
+        return
     from eval.review import describe_sample, describe_verdict, judge, write_review
 
-    where = folder or out / "review"
     if labels is not None:
         found = judge(out, where, labels)
         typer.echo(json.dumps(found) if json_ else describe_verdict(found))
     else:
-        sample = write_review(out, where, n=n, seed=seed, jobs=jobs)
+        sample = write_review(out, where, n=n or 100, seed=seed, jobs=jobs)
         typer.echo(json.dumps(sample) if json_ else describe_sample(sample, where))
 
 
