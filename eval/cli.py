@@ -285,6 +285,49 @@ def audit(
         _finish(auditing.audit(src, out, recipe, **options), out, json_)
 
 
+@app.command("audit-model")
+def audit_model(
+    data: Annotated[Path, typer.Option(metavar="SRC", help="The dataset it was trained on, or a dedup run of it.")],
+    out: OutOption,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Pipeline folder or name on the hub.")] = None,
+    base: Annotated[str | None, typer.Option(help="What the model was made from: a control.")] = None,
+    lora: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="LoRA of MODEL, or else of the base.")] = None,
+    controls: Annotated[
+        Path | None, typer.Option(metavar="SRC", help="Pictures with captions that the model never saw.")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", help="Images a training image.")] = 16,
+    guidance_scale: Annotated[float, typer.Option(help="1 = no classifier-free guidance.")] = 7.5,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    limit: Annotated[int, typer.Option(help="Training images, and controls.")] = 200,
+    captions: Annotated[str, typer.Option(help="Of each cluster: all, survivor, dropped or null.")] = "all",
+    order: Annotated[str, typer.Option(help="Which images: stratified or most-duplicated.")] = "stratified",
+    budget: Annotated[bool, typer.Option("--budget", help="Only as many images as the verdict needs.")] = False,
+    resolution: Annotated[int | None, typer.Option(help="Of its images, if the pipeline does not say.")] = None,
+    pickled: Annotated[list[str] | None, typer.Option(help="Part with pickled weights that you trust.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Deduplicate, and say what would be drawn.")] = False,
+    jobs: Annotated[int, typer.Option(min=0, help="Worker processes of dedup; 0 = one per processor.")] = 0,
+    json_: JsonOption = False,
+) -> None:
+    """Does a model that you already trained give back its training images? Nothing is trained.
+
+    unmemorize audit-model MODEL --base BASE --data SRC -o DIR
+    unmemorize audit-model --base PATH --lora style.safetensors --data SRC -o DIR
+    """
+    _require_modules("torch", "networkx")
+    from eval import audit_model as auditing
+
+    subject = auditing.name_subject(model, base, lora or (), pickled or (), resolution)
+    asking = auditing.Asking(n, guidance_scale, steps, limit, captions, order)
+    if dry_run:
+        _, runs = auditing.prepare(subject, data, out.resolve(), controls, jobs)
+        planned = auditing.plan(runs, asking, auditing.find_controls(out.resolve(), controls))
+        typer.echo(json.dumps(planned) if json_ else auditing.describe_plan(planned))
+        return
+    summary = auditing.audit_model(subject, data, out, asking, controls=controls, budget=budget, jobs=jobs)
+    where = f"Report: {out / 'report' / 'index.html'}"
+    typer.echo(json.dumps(summary) if json_ else f"{auditing.describe(summary)}\n{where}")
+
+
 @app.command()
 def demo(
     out: OutOption = Path("demo"),
