@@ -16,14 +16,15 @@ import typer
 
 from dedup import manifest
 from defense.adopt import extrapolate
+from defense.model import load_pipeline
 from eval import metrics, stats
-from eval.extraction import attack
+from eval.extraction import attack, read_images
 from eval.generate import generate
-from eval.membership import SCORES, infer_membership
+from eval.membership import SCORES, infer_membership, score_pictures
 from eval.probe import STARTS, probe
 
 ARMS = ("raw", "refill", "untrained")
-WEIGHTS = (2.0, 3.0, 5.0)
+WEIGHTS = (1.5, 2.0, 3.0)
 
 
 def find_runs(directory: Path, seeds: int) -> dict[str, list[Path]]:
@@ -51,7 +52,7 @@ def print_extrapolation(directory: Path, runs: dict[str, list[Path]]) -> None:
         "raw → refill": [(refill, raw) for raw, refill in pairs],
         "untrained → raw": [(raw, base) for raw, base in zip(runs["raw"], runs["untrained"], strict=False)],
     }.items():
-        for weight in WEIGHTS if name == "refill → raw" else WEIGHTS[1:2]:
+        for weight in WEIGHTS if name == "refill → raw" else WEIGHTS[-1:]:
             tables = []
             for tuned, base in ends:
                 new = directory / f"line-{tuned.name}-{base.name}-{weight:g}"
@@ -161,6 +162,22 @@ def print_membership(runs: dict[str, list[Path]]) -> None:
     )
 
 
+def print_spikiness(runs: list[Path]) -> None:
+    """Of generations, as in the paper: which prompts are memorised, by the mean over their generations."""
+    areas = []
+    for run in runs:
+        table, scores = pl.read_parquet(run / "generations.parquet").filter(status="ok"), score(run, "clique")
+        pixels = (read_images(run, table["file"], 32) * 255).round().astype(np.uint8)
+        captions = table["prompt"].to_list()
+        noises = [[seed, seed + 1] for seed in table["seed"]]
+        pipeline = load_pipeline(run / "model")
+        found = score_pictures(pipeline, pixels, captions, noises, {"spikiness": SCORES["spikiness"]})["spikiness"]
+        mean = table.select("prompt_id", found=found).group_by("prompt_id").mean()
+        joined = scores.join(mean, left_on="target_id", right_on="prompt_id")
+        areas.append(metrics.auc(joined["found"].to_numpy(), joined["extracted"].to_numpy()).estimate)
+    print(f"\nSpikiness of generations, AUC of prompts that were extracted (raw): {describe_mean(areas)}")
+
+
 def main(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of benchmarks/detectors.py.")],
     seeds: Annotated[int, typer.Option(help="How many of its seeds.")] = 3,
@@ -170,6 +187,7 @@ def main(
     print_membership(runs)
     print_extrapolation(directory, runs)
     print_replication(runs)
+    print_spikiness(runs["raw"])
     for start in STARTS:
         print_probe(runs, start)
 

@@ -152,7 +152,7 @@ def infer_membership(run: Path, *, n: int = 4, limit: int = 1_000) -> dict[str, 
     out, options = Path(config["out"]), config["config"]
     targets = load_targets(out, limit=limit, held_out=options["held_out"])
     single = targets["component_id"].is_null() | targets["component_id"].is_first_distinct()
-    seen = list_prompts(out, run / "exposures.parquet", 1, len(targets)).select("exposures", target_id="prompt_id")
+    seen = list_prompts(out, run / "exposures.parquet", 1, 2**31).select("exposures", target_id="prompt_id")
     targets = targets.filter(single).join(seen, on="target_id", how="left", maintain_order="left")
     targets = targets.with_columns(
         member=pl.coalesce(pl.col("exposures") > 0, pl.col("prompt_kind") == "member"),
@@ -270,5 +270,5 @@ def describe(summary: dict[str, Any], run: Path) -> str:
         share = "too few others" if tpr["reason"] else f"{tpr['tpr']['estimate']:.0%}"
         sure = "" if found["beats_blind"] or name == BLIND else ", no better than blind"
         lines.append(f"{name:<12} {area['estimate']:.3f} ({area['low']:.3f} … {area['high']:.3f})    {share}{sure}")
-    lines.append(f"all of them together were trained on: p = {summary['dataset']['p_value']:.2g} of the contrary")
+    lines.append(f"as a whole: p = {summary['dataset']['p_value']:.2g} of seeing this if none of them was trained on")
     return "\n".join([*lines, f"details: {run}/membership.json, scores: {run}/membership.parquet"])
