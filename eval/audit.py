@@ -113,7 +113,7 @@ def _prepare(src: Path, directory: Path, recipe: Recipe) -> dict[int, Path]:
         out = directory / "out"
         with _stage(directory, "deduplicate, with report"):
             deduplicate(src, out, options)
-            write_dedup_report(out)
+            _tell(write_dedup_report(out))
         return dict.fromkeys(range(recipe.seeds), out)
     outs = {}
     for seed in range(recipe.seeds):
@@ -124,8 +124,12 @@ def _prepare(src: Path, directory: Path, recipe: Recipe) -> dict[int, Path]:
             plant(src, planted, seed=seed, resolution=recipe.train.resolution, held_out=held_out, **chosen)
         with _stage(directory, "deduplicate, with report"):
             deduplicate(planted, outs[seed], options)
-            write_dedup_report(outs[seed])
+            _tell(write_dedup_report(outs[seed]))
     return outs
+
+
+def _tell(page: Path) -> None:
+    print(f"   {page}", file=sys.stderr)
 
 
 def _fit_to_dataset(recipe: Recipe, outs: dict[int, Path]) -> Recipe:
