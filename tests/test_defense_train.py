@@ -215,9 +215,9 @@ class Loop:
             count=torch.ones(8, dtype=torch.int64),
         )
 
-    def run(self):
+    def run(self, **defences):
         parts = (self.unet, self.weights, self.average, self.optimizer, self.scheduler)
-        return training_loop(*parts, self.examples, self.config, 0)
+        return training_loop(*parts, self.examples, self.config, 0, **defences)
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
