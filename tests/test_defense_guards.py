@@ -226,11 +226,14 @@ def test_embeddings_are_moved_to_the_target_and_no_further():
 def test_optimised_embeddings_lower_the_first_norm_of_a_real_pipeline(small, out):
     prompts, seeds, options = ["picture number 1", "a red fox"], [4, 5], {"steps": 3, "batch_size": 8}
     before, asked = measure_prompts(small, prompts, seeds, **options), []
-    GUARDS["embedding"].wrap(stub(unrelated, asked), setting(small, out), 10)(prompts, seeds)
+    GUARDS["embedding"].wrap(stub(unrelated, asked), setting(small, out), 50)(prompts, seeds)
+    captions = guards.list_usual_captions(out, "embedding")
+    usual = measure_prompts(small, captions, [guards.derive_seed("usual", i) for i in range(len(captions))], **options)
+    assert asked[0][2]["adjust"].keywords["target"] == pytest.approx(np.median(usual))
     after = []
 
     def watch(measure, tokens):
-        moved = asked[0][2]["adjust"](measure, tokens)
+        moved = lower_magnitude(measure, tokens, target=0.0)
         after.append(measure(moved))
         assert torch.equal(moved[:, 0], tokens[:, 0])
         return moved
