@@ -313,3 +313,5 @@ def test_what_a_guard_cannot_protect_is_refused_in_one_line(small, out, tmp_path
     with pytest.raises(manifest.ManifestError, match="nowhere"):
         build_sampler(["copy"], setting(small, tmp_path / "nowhere"))
     build_sampler(["static-guidance"], xl)
+    with pytest.raises(ValueError, match="StableDiffusion3Pipeline cannot be steered"):
+        guards.draw(flow, ["a"], [1], guide=lambda timestep, norms: norms[0])
