@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from defense.config import FINETUNE, ConfigError, TrainConfig, load_config
+from eval.recipe import load_recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -22,7 +23,7 @@ def test_a_config_says_what_it_is_for(name):
     header = (CONFIGS / name).read_text().split("\n\n")[0]
     assert f"--config configs/{name}" in header
     assert all(f"# {word}:" in header for word in ("command", "purpose", "expected", "time"))
-    load_config(CONFIGS / name)
+    (load_recipe if "unmemorize audit" in header else load_config)(CONFIGS / name)
 
 
 @pytest.mark.parametrize(
