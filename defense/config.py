@@ -10,10 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-# Keys of a model to fine-tune, and keys of the one that is built from scratch: a config has the one or the other.
+# Keys of a model to fine-tune, and keys of one that is built from scratch: a config has the one or the other.
 FINETUNE = ("base", "pickled", "loras", "lora_rank", "lora_alpha", "lora_targets")
-TINY = ("autoencoder", "channels", "layers_per_block", "text_width", "text_layers", "caption_tokens", "prediction_type")
-WORDS = {"prediction_type": ("v_prediction", "epsilon"), "precision": ("float32", "bfloat16")}
+TINY = (
+    *("model", "autoencoder", "channels", "layers_per_block"),
+    *("text_width", "text_layers", "caption_tokens", "prediction_type"),
+)
+CAPTIONED = ("autoencoder", "text_width", "text_layers", "caption_tokens", "null_caption")  # of no use without captions
+WORDS = {
+    "model": ("tiny", "tiny-uncond"),
+    "prediction_type": ("v_prediction", "epsilon"),
+    "precision": ("float32", "bfloat16"),
+}
 
 
 class ConfigError(ValueError):
@@ -29,13 +37,14 @@ class TrainConfig:
     held_out: float = 0.0  # share of components that no arm trains on
     null_caption: float = 0.1  # share of examples trained with the empty caption (classifier-free guidance)
     # model: one to fine-tune
-    base: str = ""  # pipeline folder, or name on the hub (org/name, org/name@revision); "" builds the model below
+    base: str = ""  # "tiny-base", pipeline folder, name on the hub (org/name, org/name@revision); "" builds one
     pickled: tuple[str, ...] = ()  # weights of base (unet/diffusion_pytorch_model.bin) to be opened although pickled
     loras: tuple[str, ...] = ()  # LoRA files or folders that are merged into base first
     lora_rank: int = 0  # 0 trains all weights of the U-Net
     lora_alpha: int = 0  # the update is scaled by lora_alpha / lora_rank; 0 is lora_rank
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # ends of names of layers
     # model: one to train from scratch
+    model: str = "tiny"  # or "tiny-uncond", which takes no captions
     autoencoder: str = ""  # folder of an AutoencoderKL; "" is the one that comes with the package
     channels: tuple[int, ...] = (64, 128)  # of the U-Net, one a resolution
     layers_per_block: int = 1
@@ -99,9 +108,13 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def parse_config(values: dict[str, Any], where: str) -> TrainConfig:
     """The keys of a flat table → TrainConfig. Raises ConfigError, which names `where`."""
-    if idle := [key for key in values if key in (TINY if values.get("base") else FINETUNE) and key != "base"]:
-        why = "the model is that of base" if values.get("base") else "there is no base to fine-tune"
-        raise ConfigError(f"{where}: {', '.join(idle)} would have no effect: {why}")
+    idle, why = list(FINETUNE[1:]), "there is no base to fine-tune"
+    if values.get("base"):
+        idle, why = list(TINY), "the model is that of base"
+    elif values.get("model") == "tiny-uncond":
+        idle, why = [*idle, *CAPTIONED], "tiny-uncond has no base, no captions and no autoencoder"
+    if given := [key for key in values if key in idle]:
+        raise ConfigError(f"{where}: {', '.join(given)} would have no effect: {why}")
     return parse_table(TrainConfig, values, where)
 
 

@@ -40,7 +40,7 @@ from defense.data import (
 )
 from defense.loop import DivergedError, Step, training_loop
 from defense.processes import Processes, join_processes
-from defense.tiny import AUTOENCODER, build_tiny
+from defense.tiny import AUTOENCODER, build_tiny, build_tiny_uncond
 
 LIBRARIES = ("unmemorize", "torch", "diffusers", "transformers", "peft", "numpy", "safetensors")
 FROZEN = ("vae", "text_encoder", "text_encoder_2")  # parts of a pipeline that only prepare the data
@@ -107,6 +107,14 @@ def build_pipeline(config: TrainConfig, seed: int) -> tuple[DiffusionPipeline, d
 
     Parameters of its U-Net that are not trained need no gradient. Raises ModelError or LoraError.
     """
+    if not config.base and config.model == "tiny-uncond":
+        return build_tiny_uncond(
+            seed,
+            resolution=config.resolution,
+            channels=config.channels,
+            layers_per_block=config.layers_per_block,
+            prediction_type=config.prediction_type,
+        ), None
     if not config.base:
         return build_tiny(
             seed,
@@ -207,7 +215,7 @@ def fit(
 
 def _record(loop: Iterable[Step], run: Path, start: int, config: TrainConfig, save: Callable[[int], None]) -> None:
     """Run the loop from step `start` to its end: a line in the log for every step, progress, checkpoints, timings."""
-    saved, began, size = start, time.perf_counter(), config.batch_size
+    saved, size, began = start, config.batch_size, (time.perf_counter(), time.process_time())
     seen = {"initial": start * size, "total": config.steps * size, "unit": " images", "unit_scale": True}
     bar = tqdm(desc=run.name, **seen, file=sys.stderr, disable=None)
     with bar, open_log(run / "train.jsonl", start) as log:
@@ -224,9 +232,10 @@ def _record(loop: Iterable[Step], run: Path, start: int, config: TrainConfig, sa
             kept = f"step {saved} is kept in {run / CHECKPOINT}" if saved else "there is no checkpoint yet"
             raise DivergedError(f"{run}: {error}; {kept}") from error
     if saved > start:
-        seconds = time.perf_counter() - began
+        seconds, busy = time.perf_counter() - began[0], time.process_time() - began[1]
         rate = (saved - start) * size / seconds
-        timings = {"train": round(seconds, 3), "steps": saved - start, "images_per_second": round(rate, 1)}
+        timings = {"train": round(seconds, 3), "processor": round(busy, 3)}
+        timings |= {"steps": saved - start, "images_per_second": round(rate, 1)}
         manifest.write_json(run / "timings.json", timings)
 
 

@@ -29,12 +29,12 @@ from eval.extraction import attack
 from eval.generate import generate
 from eval.plan import describe, describe_dataset, make_plan, measure_speed
 from eval.power import FEWEST, clusters_needed
-from eval.recipe import LATER, Planting, Recipe
+from eval.recipe import LATER, Planting, Recipe, Utility
 from eval.report import write_report
 from eval.targets import load_yardstick
 from eval.utility import measure_utility
 
-DEMO = Recipe(plant=Planting(controls=48))
+DEMO = Recipe(plant=Planting(controls=48), utility=Utility(images=1_000))
 QUICK = Recipe(seeds=1, plant=Planting(canaries=24, controls=48))
 MENDABLE = (ValueError, OSError, RuntimeError)  # of one arm: the others are reported
 
@@ -113,7 +113,7 @@ def _prepare(src: Path, directory: Path, recipe: Recipe) -> dict[int, Path]:
         out = directory / "out"
         with _stage(directory, "deduplicate, with report"):
             deduplicate(src, out, options)
-            write_dedup_report(out)
+            _tell(write_dedup_report(out))
         return dict.fromkeys(range(recipe.seeds), out)
     outs = {}
     for seed in range(recipe.seeds):
@@ -124,8 +124,12 @@ def _prepare(src: Path, directory: Path, recipe: Recipe) -> dict[int, Path]:
             plant(src, planted, seed=seed, resolution=recipe.train.resolution, held_out=held_out, **chosen)
         with _stage(directory, "deduplicate, with report"):
             deduplicate(planted, outs[seed], options)
-            write_dedup_report(outs[seed])
+            _tell(write_dedup_report(outs[seed]))
     return outs
+
+
+def _tell(page: Path) -> None:
+    print(f"   {page}", file=sys.stderr)
 
 
 def _fit_to_dataset(recipe: Recipe, outs: dict[int, Path]) -> Recipe:
@@ -181,12 +185,13 @@ def _declare(directory: Path, recipe: Recipe, outs: dict[int, Path], exploratory
 
 def _check_thresholds(directory: Path, runs: Sequence[Path], exploratory: bool) -> list[str]:
     """The thresholds that the runs were scored by are those that were written down. Raises AuditError."""
-    changed = [
-        run.name
-        for run in runs
-        if _digest(run / "calibration.json")
-        != _digest(directory / "thresholds" / f"{manifest.read_json(run / 'config.json')['seed']}.json")
-    ]
+    changed = []
+    for run in runs:
+        seed = manifest.read_json(run / "config.json")["seed"]
+        declared = manifest.read_json(directory / "thresholds" / f"{seed}.json")
+        used = manifest.read_json(run / "calibration.json")  # it may know more, of models
+        if any(used.get(name) != value for name, value in declared.items() if value is not None):
+            changed.append(run.name)
     if changed and not exploratory:
         raise AuditError(
             f"{', '.join(changed)} were scored by other thresholds than those of {directory / 'thresholds'}: "

@@ -153,6 +153,8 @@ def judge_arm(arm: str, found: dict[tuple[str, int], dict[str, np.ndarray]], n: 
         per_seed.append({"seed": seed, "difference": effect.estimate, "interval": [effect.low, effect.high]})
     if n < FEWEST:
         claim, reason = "not measured", f"{n} held-out images; a claim needs {FEWEST:,}"
+    elif per_seed and all(seed["interval"][0] > margin for seed in per_seed):
+        claim, reason = "worse", f"loses more than {margin:g} of KID with every seed"
     elif not power or min(power) < POWER:
         claim, reason = "not measured", f"no power for a margin of {margin:g}"
     elif all(seed["interval"][1] < margin for seed in per_seed):

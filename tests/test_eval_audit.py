@@ -55,6 +55,7 @@ def made(monkeypatch):
                 out,
                 lambda t, j: pixels[t["target_id"]] if t["target_id"] in given else paint(10_000 + j, RESOLUTION),
                 n=4,
+                limit=limit,
             )
             attack(run)
         return result
@@ -85,7 +86,9 @@ def test_the_job_ends_with_a_verdict_that_a_second_run_does_not_change(pictures,
     assert {p: p.read_bytes() for p in (tmp_path / "dir" / "audit").rglob("*.*")} == before
     declared = manifest.read_json(tmp_path / "dir" / "audit.json")
     assert declared["recipe"]["primary"] == ["refill"]
-    assert declared["calibration_sha256"]["0"] == verdict["per_seed"][0]["calibration_sha256"]
+    thresholds = manifest.read_json(tmp_path / "dir" / "thresholds" / "0.json")
+    assert thresholds["delta"] == manifest.read_json(tmp_path / "dir" / "raw-0" / "calibration.json")["delta"]
+    assert set(declared["calibration_sha256"]) == {"0", "1"}
 
 
 def test_a_run_that_fails_is_told_and_the_others_are_reported(pictures, tmp_path, made):
@@ -179,13 +182,12 @@ def test_own_data_with_duplicates_have_two_declared_contrasts(pictures, tmp_path
 
 
 def test_the_recipes_in_configs_say_what_they_claim():
-    assert load_recipe(CONFIGS / "audit-cpu.toml") == replace(
-        auditing.DEMO, train=load_recipe(CONFIGS / "audit-cpu.toml").train
-    )
+    assert load_recipe(CONFIGS / "audit-cpu.toml") == auditing.DEMO
+    assert load_recipe(CONFIGS / "capacity.toml").widths == (32, 64, 96)
     paper = load_recipe(CONFIGS / "audit-gpu-sd.toml")
     assert (paper.generate.n, paper.train.resolution, paper.primary) == (500, 512, ("dedup", "dedup-exposure"))
     assert load_recipe(CONFIGS / "audit-smoke.toml").arms == ("raw", "refill", "dedup")
-    assert load_recipe(None) == Recipe()
+    assert load_recipe(None) == Recipe(train=TrainConfig(held_out=0.1))  # own data need controls
     assert load_recipe(None, seeds=3, arms=["refill", "raw"]).arms == ("raw", "refill")
 
 

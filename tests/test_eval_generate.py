@@ -210,8 +210,8 @@ def test_what_cannot_be_sampled_is_refused(out, run, tmp_path):
 
 @given(st.text(), st.text())
 def test_names_of_files_hold_no_untrusted_text(target_id, prompt):
-    assert re.fullmatch("[0-9a-f]{16}", generate_._name(target_id, prompt))
-    assert generate_._name(target_id, prompt) != generate_._name(target_id + prompt, "x")
+    assert re.fullmatch("[0-9a-f]{16}", generate_.name_prompt(target_id, prompt, [0]))
+    assert generate_.name_prompt(target_id, prompt, [0]) != generate_.name_prompt(target_id + prompt, "x", [0])
 
 
 def test_a_lora_run_and_a_model_without_captions_can_be_sampled(out, tmp_path):
