@@ -74,8 +74,14 @@ def sample_run(
     asked = check_prompts(list(dict.fromkeys(prompts)), config)
     if n < 1 or steps < 1:
         raise SampleError(f"n = {n} images in steps = {steps}: both must be at least 1")
-    guard, settings = name_guards(guards), {"guidance_scale": float(guidance_scale), "steps": steps}
-    decisive = settings | {"n": n, "seed": seed, "batch": BATCH, "guard": guard}
+    decisive: dict[str, Any] = {
+        "n": n,
+        "seed": seed,
+        "guidance_scale": float(guidance_scale),
+        "steps": steps,
+        "batch": BATCH,
+    }
+    decisive |= {"guard": name_guards(guards)}
     digest = digest_model(run / "model", decisive | {"out": config["out_sha256"] if guards else None})
     place = folder / "images" / digest
     names = [hashlib.sha256(prompt.encode()).hexdigest()[:16] for prompt in asked]
@@ -85,7 +91,7 @@ def sample_run(
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder):
         if todo:
-            draw_prompts(run, place, todo, n=n, seed=seed, guards=guards, config=config, **settings)
+            draw_prompts(run, place, todo, decisive, guards, config)
         table, log = (pl.concat([pl.read_parquet(place / f"{name}{end}") for name in names]) for end in ENDS)
         manifest.write_parquet(folder / "samples.parquet", table)
         manifest.write_atomic(folder / "samples.csv", table.write_csv)
@@ -99,7 +105,7 @@ def sample_run(
 
 
 def sample_trained(out: Path, run: Path, n: int) -> None:
-    """RUN/samples: images for n captions of OUT, as a look at what training has made; guided if the model had a base."""
+    """RUN/samples: images for n captions of OUT, a look at what training has made; guided if the model had a base."""
     config = read_config(run)
     prompted = config.get("pipeline") not in UNPROMPTED
     scale = GUIDANCE if prompted and config["config"].get("base") else 1.0
@@ -117,28 +123,25 @@ def draw_prompts(
     run: Path,
     place: Path,
     todo: Sequence[tuple[str, str]],
-    *,
-    n: int,
-    seed: int,
-    guidance_scale: float,
-    steps: int,
+    settings: dict[str, Any],
     guards: Sequence[str],
     config: dict[str, Any],
 ) -> None:
     """(name, prompt) → the images and the two tables of each prompt in `place`, the first one last."""
     import torch
 
-    from defense.guards import Setting, build_sampler, derive_seed, name_guards
+    from defense.guards import Setting, build_sampler, derive_seed
     from defense.model import load_pipeline
 
     options = config["config"]
     torch.set_num_threads(options["threads"] or available_cpus())
     pipeline = load_pipeline(run / "model", device=options.get("device", "auto"))
-    setting = Setting(pipeline, steps, guidance_scale, BATCH, options["resolution"], Path(config["out"]))
-    sampler, guard = build_sampler(guards, setting), name_guards(guards)
+    side, out, n = options["resolution"], Path(config["out"]), settings["n"]
+    setting = Setting(pipeline, settings["steps"], settings["guidance_scale"], BATCH, side, out)
+    sampler = build_sampler(guards, setting)
     with tqdm(desc=f"sample {run.name}", unit=" images", total=len(todo) * n, file=sys.stderr, disable=None) as bar:
         for name, prompt in todo:
-            seeds = [derive_seed("sample", seed, prompt, number) for number in range(n)]
+            seeds = [derive_seed("sample", settings["seed"], prompt, number) for number in range(n)]
             drawn = sampler([prompt] * n, seeds)
             files = [place / f"{name}-{j:03d}.png" if drawn.status[j] == "ok" else None for j in range(n)]
             for path, image in zip(files, drawn.pixels, strict=True):
@@ -154,7 +157,7 @@ def draw_prompts(
                 "file": [path and path.relative_to(place.parent.parent).as_posix() for path in files],
             }
             table = pl.DataFrame(columns, schema_overrides={"file": pl.String})
-            table = table.with_columns(prompt=pl.lit(prompt), guard=pl.lit(guard))
+            table = table.with_columns(prompt=pl.lit(prompt), guard=pl.lit(settings["guard"]))
             log = drawn.log.select(pl.lit(prompt).alias("prompt"), pl.all())
             manifest.write_parquet(place / f"{name}{ENDS[1]}", log)
             table = table.select(pl.col(column).cast(kind) for column, kind in SAMPLES.items())
@@ -182,7 +185,7 @@ def check_prompts(prompts: list[str], config: dict[str, Any]) -> list[str]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """A line each; or the column prompt, caption or text of a table (.csv, .tsv, .jsonl, .parquet). Raises SampleError."""
+    """A line each; or the column prompt, caption or text of a .csv, .tsv, .jsonl or .parquet. Raises SampleError."""
     try:
         if path.suffix in TABLES:
             table = pl.read_csv(path, separator=TABLES[path.suffix], infer_schema=False)

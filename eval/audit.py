@@ -23,6 +23,7 @@ from dedup.pipeline import deduplicate
 from dedup.plant import plant
 from dedup.report import write_report as write_dedup_report
 from dedup.sources.demo import render_demo
+from defense.config import TrainConfig
 from eval.calibrate import calibrate, freeze
 from eval.compare import compare
 from eval.extraction import attack
@@ -34,8 +35,9 @@ from eval.report import write_report
 from eval.targets import load_yardstick
 from eval.utility import measure_utility
 
-DEMO = Recipe(plant=Planting(controls=48), utility=Utility(images=1_000))
-QUICK = Recipe(seeds=1, plant=Planting(canaries=24, controls=48))
+TINY = TrainConfig(base="tiny-base", steps=800)  # configs/tiny-base.toml
+DEMO = Recipe(plant=Planting(controls=48), train=TINY, utility=Utility(images=1_000))
+QUICK = Recipe(seeds=1, plant=Planting(canaries=24, controls=48), train=TINY)
 MENDABLE = (ValueError, OSError, RuntimeError)  # of one arm: the others are reported
 
 

@@ -1,5 +1,7 @@
 """eval.budget: a prompt stops when it is decided in every run, and what was missed is known."""
 
+import itertools
+
 import numpy as np
 import polars as pl
 import pytest
@@ -24,7 +26,7 @@ def test_rounds_double_and_end_at_n(n):
     rounds = list_rounds(n)
     assert rounds[0] == 1
     assert rounds[-1] == n
-    assert all(a < b <= 2 * a for a, b in zip(rounds[:-1], rounds[1:], strict=True))
+    assert all(a < b <= 2 * a for a, b in itertools.pairwise(rounds))
 
 
 def test_prompts_far_above_the_usual_are_chosen_whatever_the_scale():
