@@ -8,7 +8,7 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,34 +33,47 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JS
 
 @app.command()
 def generate(
-    run: RunArgument,
-    n: Annotated[int, typer.Option("-n", help="Images a prompt.")] = 16,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Runs of `train` or `adopt`, to be asked alike.")],
+    n: Annotated[int, typer.Option("-n", help="Images a training image.")] = 16,
     guidance_scale: Annotated[float, typer.Option(help="1 = no classifier-free guidance.")] = 1.0,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 15,
     prompts: Annotated[Path | None, typer.Option(help="CSV with target_id and prompt, to attack with.")] = None,
-    limit: Annotated[int, typer.Option(help="Targets of a dataset without canaries.")] = 200,
+    captions: Annotated[str, typer.Option(help="Of each cluster: all, survivor, dropped or null.")] = "all",
+    limit: Annotated[int, typer.Option(help="Targets of a dataset without canaries, and controls.")] = 200,
+    order: Annotated[str, typer.Option(help="Which of them: stratified or most-duplicated.")] = "stratified",
+    controls: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="A dedup run over pictures that no model was trained on.")
+    ] = None,
     guard: defense.cli.GuardOption = None,
+    budget: Annotated[bool, typer.Option("--budget", help="Only as many images as the verdict needs.")] = False,
+    detector: Annotated[str, typer.Option(help="With --budget: what chooses prompts, or none.")] = "noise-magnitude",
+    until: Annotated[str, typer.Option(help="With --budget: extracted or direct settles a prompt.")] = "extracted",
     json_: JsonOption = False,
 ) -> None:
-    """Draw images for the prompts of all targets, with the same noise in every model."""
+    """Draw images for the captions of all targets, with the same noise in every model.
+
+    unmemorize generate RUN_A RUN_B --budget -n 128
+    """
     with defense.cli.require_extra("train"):
+        options: dict[str, Any] = {"n": n, "guidance_scale": guidance_scale, "steps": steps, "prompts": prompts}
+        options |= {"captions": captions, "limit": limit, "order": order, "controls": controls}
+        if budget:
+            from eval.budget import Rule, describe, generate_within
+
+            rule = Rule(detector=None if detector == "none" else detector, until=until)
+            about = generate_within(runs, rule, guards=guard or (), **options)
+            typer.echo(json.dumps(about) if json_ else describe(about))
+            return
         from eval.generate import generate as generate_images
 
-        table = generate_images(
-            run,
-            n=n,
-            guidance_scale=guidance_scale,
-            steps=steps,
-            prompts=prompts,
-            limit=limit,
-            guards=guard or (),
-        )
-    counts = {"images": len(table), "prompts": table["prompt_id"].n_unique()}
-    counts |= {status: len(table.filter(status=status)) for status in ("nan", "refused")}
-    text = f"{counts['images']} images for {counts['prompts']} prompts: {run / 'generations.parquet'}"
-    if counts["refused"]:
-        text += f"\n{counts['refused']} of them were refused as copies of training images: {run / 'guards.parquet'}"
-    typer.echo(json.dumps(counts) if json_ else text)
+        for run in runs:
+            table = generate_images(run, guards=guard or (), **options)
+            counts = {"images": len(table), "prompts": table["prompt_id"].n_unique()}
+            counts |= {status: len(table.filter(status=status)) for status in ("nan", "refused")}
+            text = f"{counts['images']} images for {counts['prompts']} training images: {run / 'generations.parquet'}"
+            if counts["refused"]:
+                text += f"\n{counts['refused']} were refused as copies of training images: {run / 'guards.parquet'}"
+            typer.echo(json.dumps(counts) if json_ else text)
 
 
 @app.command()
@@ -84,6 +97,23 @@ def detect(
 
         summary = run_detectors(run, detector or list(DETECTORS), n=n, at_least=at_least, limit=limit)
     typer.echo(json.dumps(summary) if json_ else describe(summary, run))
+
+
+@app.command()
+def calibrate(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Runs with generations that are to be compared.")],
+    json_: JsonOption = False,
+) -> None:
+    """Set the thresholds by prompts that no model was trained on, before `attack`: how often is a match false?
+
+    unmemorize calibrate RUN_A RUN_B
+    """
+    from dataclasses import asdict
+
+    from eval.controls import calibrate_runs, describe_calibration
+
+    calibration = calibrate_runs(runs)
+    typer.echo(json.dumps(asdict(calibration)) if json_ else describe_calibration(calibration))
 
 
 @app.command()
@@ -155,9 +185,11 @@ def membership(
 
 @app.command()
 def review(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A finished `unmemorize dedup`.")],
-    n: Annotated[int, typer.Option("-n", min=1, help="Removals to label.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Draws which.")] = 0,
+    out: Annotated[Path, typer.Argument(metavar="OUT|RUN", help="A finished `dedup`, or a run that was attacked.")],
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, help="Pairs to label; default: 100 removals, or the 1,000 top prompts.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws which, and in which order.")] = 0,
     folder: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="For the page; default: OUT/review.")
     ] = None,
@@ -167,15 +199,29 @@ def review(
     jobs: Annotated[int, typer.Option(min=0, help="Worker processes; 0 = one per processor.")] = 0,
     json_: JsonOption = False,
 ) -> None:
-    """How many removals are right? A random sample to label. Example: unmemorize review photos-dedup -n 100"""
+    """How many removals are right? A random sample to label. Or: which generations are copies? The top ones to label.
+
+    unmemorize review photos-dedup -n 100
+    unmemorize review RUN
+    """
+    where = folder or out / "review"
+    if (out / "config.json").exists():
+        from eval import labels as labelling
+
+        if labels is not None:
+            found = labelling.judge_labels(out, where, labels)
+            typer.echo(json.dumps(found) if json_ else labelling.describe_labels(found))
+        else:
+            sample = labelling.write_labels(out, where, n=n or 1_000, seed=seed)
+            typer.echo(json.dumps(sample) if json_ else labelling.describe_sample(sample, where))
+        return
     from eval.review import describe_sample, describe_verdict, judge, write_review
 
-    where = folder or out / "review"
     if labels is not None:
         found = judge(out, where, labels)
         typer.echo(json.dumps(found) if json_ else describe_verdict(found))
     else:
-        sample = write_review(out, where, n=n, seed=seed, jobs=jobs)
+        sample = write_review(out, where, n=n or 100, seed=seed, jobs=jobs)
         typer.echo(json.dumps(sample) if json_ else describe_sample(sample, where))
 
 
@@ -237,6 +283,49 @@ def audit(
         _tell_failures(found["failed"])
     elif not dry_run:
         _finish(auditing.audit(src, out, recipe, **options), out, json_)
+
+
+@app.command("audit-model")
+def audit_model(
+    data: Annotated[Path, typer.Option(metavar="SRC", help="The dataset it was trained on, or a dedup run of it.")],
+    out: OutOption,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Pipeline folder or name on the hub.")] = None,
+    base: Annotated[str | None, typer.Option(help="What the model was made from: a control.")] = None,
+    lora: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="LoRA of MODEL, or else of the base.")] = None,
+    controls: Annotated[
+        Path | None, typer.Option(metavar="SRC", help="Pictures with captions that the model never saw.")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", help="Images a training image.")] = 16,
+    guidance_scale: Annotated[float, typer.Option(help="1 = no classifier-free guidance.")] = 7.5,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    limit: Annotated[int, typer.Option(help="Training images, and controls.")] = 200,
+    captions: Annotated[str, typer.Option(help="Of each cluster: all, survivor, dropped or null.")] = "all",
+    order: Annotated[str, typer.Option(help="Which images: stratified or most-duplicated.")] = "stratified",
+    budget: Annotated[bool, typer.Option("--budget", help="Only as many images as the verdict needs.")] = False,
+    resolution: Annotated[int | None, typer.Option(help="Of its images, if the pipeline does not say.")] = None,
+    pickled: Annotated[list[str] | None, typer.Option(help="Part with pickled weights that you trust.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Deduplicate, and say what would be drawn.")] = False,
+    jobs: Annotated[int, typer.Option(min=0, help="Worker processes of dedup; 0 = one per processor.")] = 0,
+    json_: JsonOption = False,
+) -> None:
+    """Does a model that you already trained give back its training images? Nothing is trained.
+
+    unmemorize audit-model MODEL --base BASE --data SRC -o DIR
+    unmemorize audit-model --base PATH --lora style.safetensors --data SRC -o DIR
+    """
+    _require_modules("torch", "networkx")
+    from eval import audit_model as auditing
+
+    subject = auditing.name_subject(model, base, lora or (), pickled or (), resolution)
+    asking = auditing.Asking(n, guidance_scale, steps, limit, captions, order)
+    if dry_run:
+        _, runs = auditing.prepare(subject, data, out.resolve(), controls, jobs)
+        planned = auditing.plan(runs, asking, auditing.find_controls(out.resolve(), controls))
+        typer.echo(json.dumps(planned) if json_ else auditing.describe_plan(planned))
+        return
+    summary = auditing.audit_model(subject, data, out, asking, controls=controls, budget=budget, jobs=jobs)
+    where = f"Report: {out / 'report' / 'index.html'}"
+    typer.echo(json.dumps(summary) if json_ else f"{auditing.describe(summary)}\n{where}")
 
 
 @app.command()

@@ -22,7 +22,7 @@ from dedup import manifest
 from eval.adaptive import ADAPTIVE, pool, score_adaptive
 from eval.calibrate import Calibration, calibrate, freeze
 from eval.distances import flip, l2, max_tile_l2, near_any, scale
-from eval.generate import read_config
+from eval.generate import GENERATIONS, read_config
 from eval.masks import TEMPLATE, build_masks, score_template
 from eval.replication import ENCODERS, REPLICATION, embed_reference, score_replication, summarise_similarity
 from eval.summary import summarise_scores
@@ -90,12 +90,16 @@ def attack(run: Path, name: str = "clique", *, encoder: str = ENCODERS[0]) -> pl
     generations = read_generations(run)
     out, resolution = Path(config["out"]), config["config"]["resolution"]
     yardstick = load_yardstick(
-        out, resolution, only=generations["prompt_id"].unique(), held_out=config["config"]["held_out"]
+        out,
+        resolution,
+        only=generations["prompt_id"].unique(),
+        held_out=config["config"]["held_out"],
+        controls=find_controls(generations),
     )
     if n_lost := generations["prompt_id"].n_unique() - len(yardstick.targets):
         raise AttackError(f"{run}: {n_lost} prompts belong to no target of {out}: run `unmemorize generate` again")
-    calibration = calibrate(yardstick)
-    freeze(calibration, run / "calibration.json")
+    calibration = freeze(calibrate(yardstick, config.get("pipeline")), run / "calibration.json")
+    check_generations(calibration, generations, run)
     if name == "template":
         masks, partners = build_masks(out, yardstick.targets, yardstick.target_pixels)
         yardstick = replace(yardstick, masks=masks, partners=partners)
@@ -108,14 +112,15 @@ def attack(run: Path, name: str = "clique", *, encoder: str = ENCODERS[0]) -> pl
         tqdm(yardstick.targets.iter_rows(named=True), f"attack {run.name}", len(copies), file=sys.stderr, disable=None)
     ):
         mine = by_target[(target["target_id"],)]
-        made = mine.filter(pl.col("status") == "ok")
+        drawn, made = mine.filter(pl.col("status") != "pruned"), mine.filter(pl.col("status") == "ok")
         images = read_images(run, made["file"], resolution)
         found = ATTACKS[name](images, place, yardstick, calibration, mine["n"][0])
         for column in found.keys() & {"best_file", "medoid_file"}:
             found[column] = None if found[column] is None else made["file"][found[column]]
+        kinds = mine["caption_kind"].unique()
         shown = {column: mine[column][0] for column in ("prompt", "digest")}
-        shown |= {"eidetic_k": copies[place], "n_generations": len(mine), "n_nan": len(mine) - len(made)}
-        scores.append(target | found | shown)
+        shown |= {"caption_kind": kinds[0] if len(kinds) == 1 else "all", "eidetic_k": copies[place]}
+        scores.append(target | found | shown | {"n_generations": len(drawn), "n_nan": len(drawn) - len(made)})
     if name == "adaptive":
         pool(scores, yardstick)
     table = pl.DataFrame(scores, schema=SCHEMAS[name])
@@ -132,10 +137,26 @@ def read_generations(run: Path) -> pl.DataFrame:
     path = run / "generations.parquet"
     if not path.exists():
         raise AttackError(f"{run} has no generations: run `unmemorize generate {run}` first")
-    generations = pl.read_parquet(path)
+    generations = manifest.conform(pl.read_parquet(path), GENERATIONS)
     if (n := generations["n"][0]) < FEWEST:
         raise AttackError(f"{run}: {n} generations a prompt; a clique needs {FEWEST} or more: generate -n 16")
     return generations
+
+
+def check_generations(calibration: Calibration, generations: pl.DataFrame, run: Path) -> None:
+    """Raise AttackError when the false matches of the calibration are of another number of images a prompt."""
+    measured, n = calibration.controls, generations["n"][0]
+    if measured is not None and measured["generations"] != n:
+        raise AttackError(
+            f"{run}: calibrated with {measured['generations']} generations a prompt, and there are {n}, of which one "
+            f"matches more or less easily: generate -n {measured['generations']}, or calibrate again"
+        )
+
+
+def find_controls(generations: pl.DataFrame) -> Path | None:
+    """The dedup run that controls were taken from, if they are none of OUT."""
+    named = generations["controls"].drop_nulls()
+    return None if named.is_empty() else Path(named[0])
 
 
 def read_images(run: Path, files: pl.Series, resolution: int) -> np.ndarray:

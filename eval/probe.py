@@ -57,8 +57,7 @@ def probe(run: Path, *, start: str = "caption", n: int = 4, steps: int = 15, lim
     config = read_config(run)
     out, options = Path(config["out"]), config["config"]
     yardstick = load_yardstick(out, options["resolution"], limit=limit, held_out=options["held_out"])
-    calibration = calibrate(yardstick)
-    freeze(calibration, run / "calibration.json")
+    calibration = freeze(calibrate(yardstick, config.get("pipeline")), run / "calibration.json")
     copies = count_copies(out, yardstick, calibration)
     torch.set_num_threads(options["threads"] or available_cpus())
     pipeline = load_pipeline(run / "model", device=options.get("device", "auto"))

@@ -20,8 +20,9 @@ from test_defense_model import build_ddpm, build_sd14, build_sdxl, save_base
 from defense import data, lora, model
 from defense import loop as loop_
 from defense import train as training
+from defense.batches import Batch
 from defense.config import TrainConfig
-from defense.loop import measure_error
+from defense.loop import pose, predict
 from defense.sampling import sample
 from defense.train import RunError, build_pipeline, train
 
@@ -179,7 +180,11 @@ def test_the_error_is_that_of_the_noise_schedule_of_the_base(out, prediction_typ
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     chosen, captions, timesteps = torch.tensor([0, 5]), torch.tensor([1, 0]), torch.tensor([10, 800])
     noise = torch.randn(2, 4, 8, 8)
-    found = measure_error(pipeline.unet, schedule, examples, chosen, noise, timesteps, captions, "float32")
+    batch = Batch(chosen, noise, timesteps, examples.conditions.pick(captions), captions > 0)
+    cpu, both = torch.device("cpu"), torch.arange(2)
+    noisy, wanted = pose(schedule, examples, batch, both, cpu, torch.channels_last)
+    with torch.no_grad():
+        predicted = predict(pipeline.unet, noisy, timesteps, batch.told.select(both, cpu), "float32")
     latents = examples.latents[chosen]
     signal = pipeline.scheduler.alphas_cumprod[timesteps].view(2, 1, 1, 1)
     a, s = signal.sqrt(), (1 - signal).sqrt()
@@ -187,7 +192,8 @@ def test_the_error_is_that_of_the_noise_schedule_of_the_base(out, prediction_typ
     with torch.no_grad():
         prediction = pipeline.unet(a * latents + s * noise, timesteps, context).sample
     target = a * noise - s * latents if prediction_type == "v_prediction" else noise
-    assert found.item() == pytest.approx((prediction - target).square().mean().item(), rel=1e-4)
+    torch.testing.assert_close(predicted, prediction, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(wanted, target, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "rank"), KINDS)
@@ -289,12 +295,12 @@ def test_out_of_memory_names_the_keys_that_help(out, bases, tmp_path, monkeypatc
     def exhaust(*arguments, **options):
         torch.empty(2**62, dtype=torch.uint8)
 
-    monkeypatch.setattr(loop_, "measure_error", exhaust)
+    monkeypatch.setattr(loop_, "predict", exhaust)
     with pytest.raises(RunError, match="out of memory; less is needed with gradient_checkpointing = true") as caught:
         train(out, "raw", configure(bases["sd14"], precision="bfloat16"), tmp_path / "run", 0)
     assert "accumulation = 4, lora_rank = 4, a smaller resolution" in str(caught.value)
     assert "\n" not in str(caught.value)
-    monkeypatch.setattr(loop_, "measure_error", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(loop_, "predict", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(out, "raw", configure(bases["sd14"]), tmp_path / "other", 0)
 

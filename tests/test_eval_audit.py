@@ -15,7 +15,6 @@ from defense.config import ConfigError, TrainConfig
 from eval import audit as auditing
 from eval import plan as planning
 from eval.audit import AuditError
-from eval.extraction import attack
 from eval.recipe import Detection, Planting, Recipe, Sampling, load_recipe
 from eval.targets import load_pixels, load_targets
 
@@ -39,7 +38,7 @@ def made(monkeypatch):
     failing: set[str] = set()
 
     def make_run_(out: Path, arm: str, recipe: Recipe, run: Path, seed: int) -> dict:
-        result = {"arm": arm, "seed": seed, "error": None, "seconds": {"train": 1.0}}
+        result = {"arm": arm, "seed": seed, "run": run, "error": None, "seconds": {"train": 1.0}}
         if run.name in failing:
             return result | {"error": "DivergedError: loss nan"}
         if not (run / "scores-clique.parquet").exists():
@@ -57,7 +56,6 @@ def made(monkeypatch):
                 n=4,
                 limit=limit,
             )
-            attack(run)
         return result
 
     monkeypatch.setattr(auditing, "_make_run", make_run_)
@@ -127,7 +125,7 @@ def test_thresholds_that_differ_from_those_written_down_are_refused(pictures, tm
     run_audit(pictures, tmp_path / "dir")
     for run in ("raw-0", "refill-0"):
         path = tmp_path / "dir" / run / "calibration.json"
-        manifest.write_json(path, manifest.read_json(path) | {"delta_edge": 0.9})
+        manifest.write_json(path, manifest.read_json(path) | {"n_reference": 99})
     with pytest.raises(AuditError, match="raw-0, refill-0 were scored by other thresholds"):
         run_audit(pictures, tmp_path / "dir")
     with_it = run_audit(pictures, tmp_path / "dir", exploratory=True)

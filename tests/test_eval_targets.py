@@ -285,3 +285,12 @@ def test_a_broken_image_of_the_dataset_is_no_target(tmp_path):
     out = make_plain(tmp_path, [1, 1, 2])
     assert "a broken picture" not in load_targets(out)["prompt"]
     assert len(load_reference(out)) == 3
+
+
+def test_strata_of_multiplicities_get_equal_parts(tmp_path):
+    out = make_plain(tmp_path, [1] * 8 + [2] * 4 + [3, 6])
+    assert sorted(load_targets(out, limit=6)["multiplicity"], reverse=True) == [6, 3, 2, 2, 1, 1]
+    assert load_targets(out, limit=6, order="most-duplicated")["multiplicity"].to_list() == [6, 3, 2, 2, 2, 2]
+    assert load_targets(out, limit=None).equals(load_targets(out, limit=None, order="most-duplicated"))
+    with pytest.raises(TargetError, match="unknown order"):
+        load_targets(out, order="alphabetical")
