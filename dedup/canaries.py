@@ -137,3 +137,17 @@ def select_images(
     if len(spares) < spare:
         raise PlantError(f"{len(spares)} of {spare} spares found that resemble nothing: lower --canaries")
     return chosen, others, spares
+
+
+def select_held_out(
+    pool: pl.DataFrame, thumbnails: np.ndarray, planted: list[int], held_out: int, distance: float = SPARE_DISTANCE
+) -> list[int]:
+    """Rows of captioned images that are not planted, and not like one that is. Raises PlantError."""
+    far = (measure_distances(thumbnails)[planted] >= distance).all(axis=0)
+    far[planted] = False
+    rows = np.flatnonzero(far & pool.select(has_caption()).to_series().to_numpy()).tolist()
+    if len(rows) < held_out:
+        raise PlantError(
+            f"{len(rows)} of {held_out} held-out images found that resemble no planted one: lower --held-out"
+        )
+    return rows[:held_out]

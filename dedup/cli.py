@@ -130,7 +130,9 @@ def dedup(
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Where remote shards are kept; default: ~/.cache/unmemorize.", rich_help_panel=FETCHED),
+        typer.Option(
+            help="Where remote shards and streams are kept; default: ~/.cache/unmemorize.", rich_help_panel=FETCHED
+        ),
     ] = None,
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds that a server may say nothing.", rich_help_panel=FETCHED)
@@ -145,6 +147,12 @@ def dedup(
         Literal["refuse", "allow"],
         typer.Option(help="Addresses of a list inside this network.", rich_help_panel=FETCHED),
     ] = "refuse",
+    streaming: Annotated[
+        bool,
+        typer.Option(
+            "--streaming", help="Of hf://…: only the split, one copy, batch by batch.", rich_help_panel=FETCHED
+        ),
+    ] = False,
     decisions: Annotated[
         Path | None,
         typer.Option(metavar="JSON", help="What you marked in the report; OUT remembers it.", rich_help_panel=KEPT),
@@ -166,7 +174,7 @@ def dedup(
         by, weights = "external", str(embeddings.resolve())
     begin = str(root.resolve()) if root else None
     layout = Layout(format_, begin, image_column, caption_column, id_column, split, subject_column, url_column)
-    transfer = Transfer(download, cache, timeout, retries, threads, private == "allow")
+    transfer = Transfer(download, cache, timeout, retries, threads, private == "allow", streaming)
     start = str(base.resolve()) if base else None
     others = tuple(str(other if is_elsewhere(other) else other.resolve()) for other in against or [])
     options = Options(
@@ -260,7 +268,8 @@ def _describe_leak(scopes: list[str], pictures: int, rows: list[int]) -> str:
 
 def _summary(run: dict, out: Path, report: bool) -> str:
     counts, level = run["counts"], run["options"]["level"]
-    what = "dropped" if "external" in counts else "duplicates dropped"
+    what = f"duplicate{'' if counts['dropped'] == 1 else 's'} dropped"
+    what = "dropped" if "external" in counts else what
     share = counts["dropped"] / max(1, counts["rows"])
     saved = counts["bytes_dropped"] / 1e6
     look_alikes = counts["pairs"].get("look-alike", 0)
@@ -379,7 +388,9 @@ def export(
     counts = export_rows(out, dest, Options(format_, rows, alpha, captions), jobs=jobs)
     beside = f", {counts['exported_beside']:,} more in samples of theirs" if counts.get("exported_beside") else ""
     without = f" {counts['without_url']:,} have no address." if counts.get("without_url") else ""
-    text = f"{counts['exported']:,} of {counts['rows']:,} rows exported{beside}: {dest}.{without}"
+    left = counts.get("columns_left")
+    left_ = f" {format_} cannot hold the columns {', '.join(left)}: parquet can." if left else ""
+    text = f"{counts['exported']:,} of {counts['rows']:,} rows exported{beside}: {dest}.{without}{left_}"
     typer.echo(json.dumps(counts) if json_ else text)
 
 
@@ -390,6 +401,7 @@ def plant(
     canaries: Annotated[int, typer.Option(help="Planted images, a multiple of the number of levels.")] = 24,
     controls: Annotated[int, typer.Option(help="Images like the canaries that are never planted.")] = 48,
     fillers: Annotated[int, typer.Option(help="Other images of the dataset.")] = 250,
+    held_out: Annotated[int, typer.Option(help="Images kept apart, to measure how good a model is.")] = 0,
     edited: Annotated[float, typer.Option(help="Share of canaries whose copies are edited.")] = 0.5,
     min_distance: Annotated[float, typer.Option(help="Normalised ℓ2 of a canary to every other image.")] = 0.25,
     resolution: Annotated[int, typer.Option(help="Side in pixels at which distances are measured.")] = 32,
@@ -405,6 +417,7 @@ def plant(
         canaries=canaries,
         controls=controls,
         fillers=fillers,
+        held_out=held_out,
         edited=edited,
         min_distance=min_distance,
         resolution=resolution,

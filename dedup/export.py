@@ -19,7 +19,7 @@ from typing import Any
 import polars as pl
 
 from dedup import engine, manifest, sources
-from dedup.exports import ExportError, convert, folders, parquets, saved, tables, tars, urls
+from dedup.exports import ExportError, convert, folders, more, parquets, saved, tables, tars, urls
 from dedup.hashing import digest
 from dedup.sources import Shard
 
@@ -64,12 +64,36 @@ def export(out: Path, dest: Path, options: Options = Options(), *, jobs: int = 0
     shards = sources.list_again(out, run)
     rows = choose_rows(manifest.read(out, COLUMNS), options)
     identity = {"run_sha256": digest((out / "run.json").read_bytes()), "options": asdict(options)}
-    if (done := _claim(dest, identity)) is not None:
-        return done
     counts: dict[str, Any] = {"rows": len(rows), "exported": int(rows["take"].sum())}
     if not counts["exported"]:
         raise ExportError(f"{out} keeps no row: nothing can be exported")
-    parts = [rows.slice(a, b) for a, b in zip(_starts(run["shard_rows"]), run["shard_rows"], strict=False)]
+    if dest.exists() and not dest.is_dir():
+        raise ExportError(f"{dest} is no folder: choose another one")
+    dest.mkdir(parents=True, exist_ok=True)
+    with sources.hold(dest, str(dest)):
+        if (done := _claim(dest, identity)) is not None:
+            return done
+        try:
+            return _write(src, shards, rows, run["shard_rows"], dest, identity, counts, jobs)
+        except ExportError:
+            if [path.name for path in dest.iterdir()] == [MARK]:  # nothing is in the way of another --format
+                (dest / MARK).unlink()
+            raise
+
+
+def _write(
+    src: Path,
+    shards: list[Shard],
+    rows: pl.DataFrame,
+    sizes: list[int],
+    dest: Path,
+    identity: dict[str, Any],
+    counts: dict[str, Any],
+    jobs: int,
+) -> dict[str, Any]:
+    options = Options(**identity["options"])
+    manifest.write_json(dest / MARK, identity)
+    parts = [rows.slice(a, b) for a, b in zip(_starts(sizes), sizes, strict=False)]
     kinds = {shard.kind for shard in shards}
     with engine.Workers(jobs) as workers:
         if options.format == "index":
@@ -81,7 +105,7 @@ def export(out: Path, dest: Path, options: Options = Options(), *, jobs: int = 0
             for kind, tasks in _group(src, shards, parts, dest).items():
                 list(workers.run(SAME[kind], tasks))
         else:
-            _convert(src, shards, parts, dest, options.format, workers)
+            counts |= _convert(src, shards, parts, dest, options.format, workers)
     manifest.write_json(dest / MARK, identity | {"counts": counts})
     return counts
 
@@ -95,15 +119,14 @@ def _check_place(out: Path, src: Path, dest: Path) -> None:
 
 
 def _claim(dest: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Make DEST ours; the counts of an export that is complete already."""
+    """The counts of an export that is complete already. Raises ExportError for whatever else DEST holds."""
     if (dest / MARK).is_file():
         mark = manifest.read_json(dest / MARK)
         if {name: mark.get(name) for name in identity} != identity:
             raise ExportError(f"{dest} holds an export of another run or with other options: choose another folder")
         return mark.get("counts")
-    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+    if any(dest.iterdir()):
         raise ExportError(f"{dest} is not empty: choose another folder")
-    manifest.write_json(dest / MARK, identity)
     return None
 
 
@@ -161,19 +184,22 @@ def _count_beside(rows: pl.DataFrame, shards: Sequence[Shard], parts: Sequence[p
 
 def _convert(
     src: Path, shards: list[Shard], parts: list[pl.DataFrame], dest: Path, name: str, workers: engine.Workers
-) -> None:
+) -> dict[str, Any]:
+    """Returns the columns of the source that this format cannot hold, if there are any."""
     named = convert.name_samples(pl.concat(parts))
     frames = [named.slice(a, len(part)) for a, part in zip(_starts(list(map(len, parts))), parts, strict=False)]
     full = [(shard, frame) for shard, frame in zip(shards, frames, strict=True) if frame["take"].any()]
-    tasks = [(src, shard, frame, dest, number, len(full)) for number, (shard, frame) in enumerate(full)]
+    columns, left = more.find(src, [shard for shard, _ in full], plain=name in ("webdataset", "imagefolder"))
+    tasks = [(src, shard, frame, dest, columns, number, len(full)) for number, (shard, frame) in enumerate(full)]
     list(workers.run(convert.WRITE[name], tasks))
     if name in convert.FINISH:
-        convert.FINISH[name](src, named, dest, len(full))
+        convert.FINISH[name](src, named, dest, columns, len(full))
+    return {"columns_left": left} if left else {}
 
 
 def _write_index(dest: Path, rows: pl.DataFrame, options: Options) -> None:
-    more = [name for name in ("captions", "weight") if name in rows.columns]
-    index = rows.with_columns(keep="take").select(*INDEX, *more, caption="text")
+    asked = [name for name in ("captions", "weight") if name in rows.columns]
+    index = rows.with_columns(keep="take").select(*INDEX, *asked, caption="text")
     place = pl.when(pl.col("shard").is_null()).then("key").otherwise(pl.concat_str("shard", pl.lit(":"), "key"))
     keys = index.filter("keep").select(place).to_series()
     manifest.write_text(dest / "keys.txt", "".join(f"{key}\n" for key in keys))

@@ -2,9 +2,10 @@
 
 In: any source of captioned images. Out: a webdataset DST of canaries, each as often as its level says, and
 fillers; beside it `canaries/` (the originals, those of level 0 included), `spare/` (images that stand nowhere
-else, to refill what deduplication removes), `plant.parquet` (the truth) and `plant.json` (the options). Which
-images are canaries, fillers and spares depends on the source alone. `seed` only deals out levels, edits and
-places, so that L seeds put every canary on each of L levels once. Knows nothing of how duplicates are found.
+else, to refill what deduplication removes), `held-out/` (others, to measure how good a model is),
+`plant.parquet` (the truth) and `plant.json` (the options). Which images are what depends on the source alone.
+`seed` only deals out levels, edits and places, so that L seeds put every canary on each of L levels once. Knows
+nothing of how duplicates are found.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ import polars as pl
 from PIL import Image
 
 from dedup import hashing, images, sources
-from dedup.canaries import PlantError, read_pool, select_images
+from dedup.canaries import PlantError, read_pool, select_held_out, select_images
 from dedup.manifest import write_json, write_parquet
 from dedup.sources.demo import SAMPLES_PER_SHARD, write_shard
 
@@ -85,6 +86,7 @@ def plant(
     multiplicities: Sequence[int] = (0, 1, 2, 4, 8, 16, 32, 64),
     fillers: int = 250,
     spare: int | None = None,
+    held_out: int = 0,
     edited: float = 0.5,
     seed: int = 0,
     resolution: int = 32,
@@ -95,6 +97,7 @@ def plant(
     canaries: a multiple of the number of levels. multiplicities: the levels. fillers: other images, once.
     controls: images chosen as canaries are, planted 0 times whatever the seed: they bound the rate of false matches.
     spare: images for the refill; None = as many as there are copies that deduplication should remove.
+    held_out: images of no use to training, to measure how good a model is; they lie in `held-out/`.
     edited: share of the canaries whose copies after the first are edited, by one of EDITS after the other.
     min_distance: of every canary to every other image as it is in SRC (not to the edited copies of another
     canary), see `measure_distances`, at `resolution` pixels.
@@ -117,12 +120,16 @@ def plant(
         "resolution": resolution,
         "min_distance": min_distance,
     }
+    if held_out:
+        options["held_out"] = held_out
     if _is_planted(src, dst, options):
         return pl.read_parquet(dst / "plant.parquet")
 
-    pool, thumbnails, counts = read_pool(src, resolution, max(POOL, 4 * (canaries + controls + fillers + spare)))
+    needed = canaries + controls + fillers + spare + held_out
+    pool, thumbnails, counts = read_pool(src, resolution, max(POOL, 4 * needed))
     try:
         chosen = select_images(pool, thumbnails, canaries + controls, fillers, spare, min_distance)
+        apart = select_held_out(pool, thumbnails, list(chain(*chosen)), held_out) if held_out else []
     except PlantError as error:
         raise PlantError(f"{src}: {error}") from None
     originals, others, spares = (pool[rows] for rows in chosen)
@@ -140,6 +147,7 @@ def plant(
         _write_shards(folder, _copy_samples(src, originals.head(canaries), others, truth, keys), total)
         _write_shards(folder / "canaries", _original_samples(src, originals), canaries + controls)
         _write_shards(folder / "spare", _original_samples(src, spares), spare)
+        _write_shards(folder / "held-out", _original_samples(src, pool[apart]), held_out)
         write_parquet(folder / "plant.parquet", truth)
         if (src / "demo.json").exists():  # who drew the pictures, and their licence
             shutil.copyfile(src / "demo.json", folder / "demo.json")

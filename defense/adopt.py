@@ -1,13 +1,15 @@
-"""A model that was trained elsewhere → RUN, so that the prompts of a dataset can be drawn from it and attacked.
+"""A model that was trained elsewhere, or a line through two → RUN, to be drawn from and attacked like any other.
 
 In: any text-to-image pipeline that diffusers opens, with LoRAs if it has some, and the dedup run OUT whose images it
 may have seen. Out: RUN as training leaves it, but for what only training knows. Nothing of the model is copied. An
 untouched base is a control: it should give back nothing.
 
     unmemorize adopt MODEL OUT -o RUN
+    unmemorize extrapolate RUN BASE -o NEW_RUN --weight 3
 """
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -52,3 +54,19 @@ def adopt(
     claim(run, record)
     with lock(run):
         manifest.write_json(run / "model" / model.BASE, described | {"sample_size": None})
+
+
+def extrapolate(run: Path, base: str, new: Path, weight: float) -> None:
+    """Write `new`: the run that goes from the model `base` through that of `run`, as far as `weight` says (1: `run`).
+
+    base: another run, a pipeline folder or a name on the hub. What `run` was trained on counts as what `new` was
+    trained on. Raises ExtrapolationError, ModelError, RunError or OSError.
+    """
+    run, new = run.resolve(), new.resolve()
+    other = Path(base) / "model" if (Path(base) / "model").is_dir() else base
+    config = manifest.read_json(run / "config.json")
+    claim(new, config | {"arm": f"{config['arm']}, extrapolated", "weight": weight, "base": str(base)})
+    with lock(new):
+        model.save_line(new / "model", run / "model", other, weight)
+        if (run / "exposures.parquet").exists():
+            shutil.copyfile(run / "exposures.parquet", new / "exposures.parquet")

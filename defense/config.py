@@ -5,15 +5,20 @@ Absent keys keep their defaults, unknown ones are refused. Knows nothing of mode
 
 import difflib
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from defense.captions import PERTURBATIONS
 
-# Keys of a model to fine-tune, and keys of the one that is built from scratch: a config has the one or the other.
+# Keys of a model to fine-tune, and keys of one that is built from scratch: a config has the one or the other.
 FINETUNE = ("base", "pickled", "loras", "lora_rank", "lora_alpha", "lora_targets")
-TINY = ("autoencoder", "channels", "layers_per_block", "text_width", "text_layers", "caption_tokens", "prediction_type")
+TINY = (
+    *("model", "autoencoder", "channels", "layers_per_block"),
+    *("text_width", "text_layers", "caption_tokens", "prediction_type"),
+)
+CAPTIONED = ("autoencoder", "text_width", "text_layers", "caption_tokens", "null_caption")  # of no use without captions
 # Keys that protect training images, described in docs/training.md; without them nothing is defended.
 DEFENCES = (
     *("captions", "caption_perturbation", "perturbation_share", "embedding_noise", "weight_power", "weight_cap"),
@@ -21,6 +26,7 @@ DEFENCES = (
     "save_steps",
 )
 WORDS = {
+    "model": ("tiny", "tiny-uncond"),
     "prediction_type": ("v_prediction", "epsilon"),
     "precision": ("float32", "bfloat16"),
     "captions": ("all", "one"),
@@ -41,13 +47,14 @@ class TrainConfig:
     held_out: float = 0.0  # share of components that no arm trains on
     null_caption: float = 0.1  # share of examples trained with the empty caption (classifier-free guidance)
     # model: one to fine-tune
-    base: str = ""  # pipeline folder, or name on the hub (org/name, org/name@revision); "" builds the model below
+    base: str = ""  # "tiny-base", pipeline folder, name on the hub (org/name, org/name@revision); "" builds one
     pickled: tuple[str, ...] = ()  # weights of base (unet/diffusion_pytorch_model.bin) to be opened although pickled
     loras: tuple[str, ...] = ()  # LoRA files or folders that are merged into base first
     lora_rank: int = 0  # 0 trains all weights of the U-Net
     lora_alpha: int = 0  # the update is scaled by lora_alpha / lora_rank; 0 is lora_rank
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # ends of names of layers
     # model: one to train from scratch
+    model: str = "tiny"  # or "tiny-uncond", which takes no captions
     autoencoder: str = ""  # folder of an AutoencoderKL; "" is the one that comes with the package
     channels: tuple[int, ...] = (64, 128)  # of the U-Net, one a resolution
     layers_per_block: int = 1
@@ -152,22 +159,40 @@ class TrainConfig:
 
 def load_config(path: Path) -> TrainConfig:
     """A flat TOML file → TrainConfig. Raises ConfigError or OSError."""
+    return parse_config(read_toml(path), str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises ConfigError or OSError."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: no valid TOML ({error})") from error
-    types = get_type_hints(TrainConfig)
+
+
+def parse_config(values: dict[str, Any], where: str) -> TrainConfig:
+    """The keys of a flat table → TrainConfig. Raises ConfigError, which names `where`."""
+    idle, why = list(FINETUNE[1:]), "there is no base to fine-tune"
+    if values.get("base"):
+        idle, why = list(TINY), "the model is that of base"
+    elif values.get("model") == "tiny-uncond":
+        idle, why = [*idle, *CAPTIONED], "tiny-uncond has no base, no captions and no autoencoder"
+    if given := [key for key in values if key in idle]:
+        raise ConfigError(f"{where}: {', '.join(given)} would have no effect: {why}")
+    return parse_table(TrainConfig, values, where)
+
+
+def parse_table[T](kind: Callable[..., T], values: dict[str, Any], where: str) -> T:
+    """A table → the dataclass `kind`, whose fields are its keys. Raises ConfigError, which names `where`."""
+    types = get_type_hints(kind)
     for key in (key for key in values if key not in types):
         near = difflib.get_close_matches(key, types, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(types)}"
-        raise ConfigError(f"{path}: unknown key {key!r}: {hint}")
-    if idle := [key for key in values if key in (TINY if values.get("base") else FINETUNE) and key != "base"]:
-        why = "the model is that of base" if values.get("base") else "there is no base to fine-tune"
-        raise ConfigError(f"{path}: {', '.join(idle)} would have no effect: {why}")
+        raise ConfigError(f"{where}: unknown key {key!r}: {hint}")
     try:
-        return TrainConfig(**{key: _convert(key, value, types[key]) for key, value in values.items()})
+        return kind(**{key: _convert(key, value, types[key]) for key, value in values.items()})
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _convert(key: str, value: Any, kind: Any) -> Any:

@@ -2,8 +2,8 @@
 
 The noise of an image depends on its own seed alone, so an image is the same (up to float rounding) whatever
 else is in its batch. The classes in `KNOWN` are sampled in one short loop of our own, so that every step can be
-watched; given equal seeds the result equals diffusers' own `pipeline(...)`. Any other text-to-image pipeline is a
-black box that is asked for images. Knows nothing of runs or attacks.
+watched or changed; given equal seeds the result equals diffusers' own `pipeline(...)`. Any other text-to-image
+pipeline is a black box that is asked for images. Knows nothing of runs, attacks or defences.
 """
 
 import inspect
@@ -39,6 +39,11 @@ class DenoisingStep:
 
 
 Watcher = Callable[[DenoisingStep], None]
+# How far the prompt moves each prediction: ℓ2 norm of conditional minus unconditional prediction, in whatever the model
+# predicts. Scales with the size of the latents.
+Measure = Callable[[Tensor], Tensor]  # embeddings (B, L, W) → (B,), at the first step, with a gradient
+Adjust = Callable[[Measure, Tensor], Tensor]  # embeddings (B, L, W) of the prompts → those that are used instead
+Guide = Callable[[int, Tensor], Tensor]  # timestep, norms (steps so far, B) → guidance scale (B,) of this step
 
 
 def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -46,7 +51,7 @@ def make_generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample(
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],
@@ -56,11 +61,15 @@ def sample(
     guidance_scale: float,
     batch_size: int,
     on_step: Watcher | None = None,
+    adjust: Adjust | None = None,
+    guide: Guide | None = None,
 ) -> np.ndarray:
     """uint8 (N, H, W, 3), image i for prompts[i] with the noise of seeds[i].
 
     guidance_scale: of Ho & Salimans 2022 in diffusers' convention, where 1 means no guidance. batch_size: at
-    most; large images go in smaller batches. A model without captions pays no heed to the prompts.
+    most; large images go in smaller batches. A model without captions pays no heed to the prompts. adjust: what a
+    defence puts in place of the embeddings, for pipelines with one text encoder. guide: guidance that changes from step
+    to step, instead of guidance_scale; 0 = unconditional.
     An image whose latents are not finite comes out black; `on_step` sees the latents. Raises ValueError.
     """
     if len(prompts) != len(seeds):
@@ -76,13 +85,16 @@ def sample(
     conditions = embed_captions(pipeline, list(distinct)) if known else Conditions()
     if known and conditions.tokens is None and guidance_scale > 1:
         raise ValueError(f"{type(pipeline).__name__} takes no prompts, so guidance_scale can only be 1")
+    if (adjust or guide) and conditions.tokens is None:
+        raise ValueError(f"{type(pipeline).__name__} cannot be steered: only {' and '.join(KNOWN[:2])} can")
     batch_size = min(batch_size, fit_chunk(side))
     batches = []
     for first in range(0, len(prompts), batch_size):
         texts, generators = prompts[first : first + batch_size], make_generators(seeds[first : first + batch_size])
         if known:
             rows = torch.tensor([distinct[text] + 1 for text in texts])
-            latents = _denoise(pipeline, generators, conditions, rows, steps, guidance_scale, first, on_step)
+            batch = (pipeline, generators, conditions, rows, steps, guidance_scale, first)
+            latents = _denoise(*batch, on_step, adjust, guide)
             batches.append(_decode(pipeline, latents))
         else:
             images = _ask(pipeline, texts, generators, steps, guidance_scale)
@@ -117,6 +129,48 @@ def find_side(pipeline: DiffusionPipeline) -> int:
     return size * getattr(pipeline, "vae_scale_factor", 1) if isinstance(size, int) else LARGE
 
 
+@torch.no_grad()
+def measure_prompts(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, batch_size: int
+) -> np.ndarray:
+    """float32 (N,): how far each prompt moves the first prediction of its image. Of pipelines with one text encoder."""
+    norms = []
+    for first in range(0, len(prompts), batch_size):
+        conditions = embed_captions(pipeline, prompts[first : first + batch_size])
+        assert conditions.tokens is not None
+        latents = _begin(pipeline, make_generators(seeds[first : first + batch_size]), steps)
+        tokens = conditions.tokens.to(latents.device)
+        norms.append(_measure_first(pipeline, latents, tokens[0])(tokens[1:]).cpu())
+    return torch.cat(norms).numpy()
+
+
+def _begin(pipeline: DiffusionPipeline, generators: list[torch.Generator], steps: int) -> Tensor:
+    """Noise (B, C, h, w) as the scheduler wants it, which is set to so many steps."""
+    unet, scheduler = pipeline.unet, pipeline.scheduler
+    size = unet.config.sample_size
+    shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    scheduler.set_timesteps(steps, device=unet.device)
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    return noise.to(unet.device) * scheduler.init_noise_sigma
+
+
+def _measure_first(pipeline: DiffusionPipeline, latents: Tensor, empty: Tensor) -> Measure:
+    """For latents (B, C, h, w) at the first step; empty: embedding (L, W) of the empty prompt."""
+    timestep = pipeline.scheduler.timesteps[0]
+    x = pipeline.scheduler.scale_model_input(torch.cat([latents, latents]), timestep)
+
+    def measure(tokens: Tensor) -> Tensor:
+        context = torch.cat([empty.expand_as(tokens), tokens])  # (2 B, L, W)
+        prediction = pipeline.unet(x, timestep, encoder_hidden_states=context, return_dict=False)[0]
+        return _norm(*prediction.chunk(2))
+
+    return measure
+
+
+def _norm(unconditional: Tensor, conditional: Tensor) -> Tensor:
+    return (conditional - unconditional).flatten(1).norm(dim=1)  # (B,)
+
+
 def _denoise(
     pipeline: DiffusionPipeline,
     generators: list[torch.Generator],
@@ -126,23 +180,30 @@ def _denoise(
     guidance_scale: float,
     first: int,
     on_step: Watcher | None,
+    adjust: Adjust | None,
+    guide: Guide | None,
 ) -> Tensor:
     """Noise → latents (B, C, h, w)."""
     unet, scheduler = pipeline.unet, pipeline.scheduler
-    size = unet.config.sample_size
-    shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
-    guided = guidance_scale > 1
+    guided = guidance_scale > 1 or guide is not None
     context = conditions.select(torch.cat([torch.zeros_like(rows), rows]) if guided else rows, unet.device)
     chance = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    scheduler.set_timesteps(steps, device=unet.device)
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    latents = noise.to(unet.device) * scheduler.init_noise_sigma
+    latents = _begin(pipeline, generators, steps)
+    if adjust is not None and conditions.tokens is not None:
+        told = context["encoder_hidden_states"]
+        measure = _measure_first(pipeline, latents, conditions.tokens[0].to(unet.device))
+        told[-len(rows) :] = adjust(measure, told[-len(rows) :])
+    norms: list[Tensor] = []
     for step, timestep in enumerate(scheduler.timesteps):
         x = scheduler.scale_model_input(torch.cat([latents, latents]) if guided else latents, timestep)
         prediction = unet(x, timestep, **context, return_dict=False)[0]
         unconditional, conditional = prediction.chunk(2) if guided else (None, prediction)
         if unconditional is not None:
-            prediction = unconditional + guidance_scale * (conditional - unconditional)
+            scale: float | Tensor = guidance_scale
+            if guide is not None:
+                norms.append(_norm(unconditional, conditional))
+                scale = guide(int(timestep), torch.stack(norms))[:, None, None, None]
+            prediction = unconditional + scale * (conditional - unconditional)
         latents = scheduler.step(prediction, timestep, latents, **chance, return_dict=False)[0]
         if on_step is not None:
             on_step(DenoisingStep(step, int(timestep), first, latents, conditional, unconditional))

@@ -52,7 +52,7 @@ from defense.defences import check_defences, choose_noise, describe_privacy, pre
 from defense.loop import DivergedError, Step, choose_layout, training_loop
 from defense.private import PrivateGradient
 from defense.processes import Processes, join_processes
-from defense.tiny import AUTOENCODER, build_tiny
+from defense.tiny import AUTOENCODER, build_tiny, build_tiny_uncond
 from defense.weights import NoiseThreshold
 
 LIBRARIES = ("unmemorize", "torch", "diffusers", "transformers", "peft", "numpy", "safetensors", "opacus")
@@ -134,6 +134,14 @@ def build_pipeline(config: TrainConfig, seed: int) -> tuple[DiffusionPipeline, d
 
     Parameters of its U-Net that are not trained need no gradient. Raises ModelError or LoraError.
     """
+    if not config.base and config.model == "tiny-uncond":
+        return build_tiny_uncond(
+            seed,
+            resolution=config.resolution,
+            channels=config.channels,
+            layers_per_block=config.layers_per_block,
+            prediction_type=config.prediction_type,
+        ), None
     if not config.base:
         return build_tiny(
             seed,
@@ -294,7 +302,7 @@ def _record(
 
     save: the state after a step. keep: the model after a step of `save_steps`.
     """
-    saved, began, size = start, time.perf_counter(), config.batch_size
+    saved, size, began = start, config.batch_size, (time.perf_counter(), time.process_time())
     seen = {"initial": start * size, "total": config.steps * size, "unit": " images", "unit_scale": True}
     bar = tqdm(desc=run.name, **seen, file=sys.stderr, disable=None)
     with bar, open_log(run / LOG, start) as log:
@@ -315,9 +323,10 @@ def _record(
             kept = f"step {saved} is kept in {run / CHECKPOINT}" if saved else "there is no checkpoint yet"
             raise DivergedError(f"{run}: {error}; {kept}") from error
     if saved > start:
-        seconds = time.perf_counter() - began
+        seconds, busy = time.perf_counter() - began[0], time.process_time() - began[1]
         rate = (saved - start) * size / seconds
-        timings = {"train": round(seconds, 3), "steps": saved - start, "images_per_second": round(rate, 1)}
+        timings = {"train": round(seconds, 3), "processor": round(busy, 3)}
+        timings |= {"steps": saved - start, "images_per_second": round(rate, 1)}
         manifest.write_json(run / "timings.json", timings)
 
 

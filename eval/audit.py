@@ -1,17 +1,21 @@
-"""The whole before/after job in order: draw, plant, deduplicate, train both arms, attack both, compare, report.
+"""The whole before/after job in order: plant, deduplicate, train the arms, draw, attack, compare, report.
 
 Every step is the library function of its own verb and resumes by itself, so the same command goes on after a kill.
-In: nothing but the packages of the extra `demo`. Out: DIR/audit with verdict.json and report/index.html.
+What is compared and by which thresholds is written to DIR/audit.json before the first model is trained. Out: the
+dedup runs, one run an arm and seed, and DIR/audit with verdict.json and report/index.html.
 
-    unmemorize demo --quick -o DIR
+    unmemorize audit SRC -o DIR --config configs/audit-cpu.toml
 """
 
+import hashlib
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import polars as pl
 
 from dedup import engine, manifest
 from dedup.options import Options
@@ -19,66 +23,239 @@ from dedup.pipeline import deduplicate
 from dedup.plant import plant
 from dedup.report import write_report as write_dedup_report
 from dedup.sources.demo import render_demo
+from defense.config import TrainConfig
+from eval.calibrate import calibrate, freeze
 from eval.compare import compare
 from eval.extraction import attack
 from eval.generate import generate
+from eval.plan import describe, describe_dataset, make_plan, measure_speed
+from eval.power import FEWEST, clusters_needed
+from eval.recipe import LATER, Planting, Recipe, Utility
 from eval.report import write_report
+from eval.targets import load_yardstick
+from eval.utility import measure_utility
 
-ARMS = ("raw", "refill")
+TINY = TrainConfig(base="tiny-base", steps=800)  # configs/tiny-base.toml
+DEMO = Recipe(plant=Planting(controls=48), train=TINY, utility=Utility(images=1_000))
+QUICK = Recipe(seeds=1, plant=Planting(canaries=24, controls=48), train=TINY)
+MENDABLE = (ValueError, OSError, RuntimeError)  # of one arm: the others are reported
 
 
-def demo(
-    directory: Path,
-    *,
-    seeds: int = 1,
-    canaries: int = 24,
-    controls: int = 48,
-    fillers: int = 250,
-    steps: int = 1600,
-    samples: int = 16,
-) -> dict[str, Any]:
-    """Run the job on the OpenMoji drawings; returns verdict.json.
+class AuditError(ValueError):
+    """An audit that must not go on: what was declared has changed, or there is too little to compare."""
 
-    seeds: training seeds, each with its own assignment of the canaries to multiplicities. controls: images that are
-    never planted; no hit in 51 bounds the rate of false matches per prompt at 6 %. steps: of training. samples: images
-    a prompt.
-    """
-    seconds: dict[str, float] = {}
-    with _stage(seconds, "draw"):
+
+def plan(directory: Path, recipe: Recipe, jobs: int = 0) -> str:
+    """What the audit will cost and could show, in words."""
+    jobs = jobs or count_jobs(recipe.train.device)
+    out = directory / "out"
+    rows, clusters = None, None
+    if not recipe.planted and (out / "run.json").exists():
+        rows, clusters = describe_dataset(out, recipe.at_least)
+    speed = measure_speed(recipe.train, recipe.generate.guidance_scale)
+    return describe(recipe, make_plan(recipe, speed, rows, clusters, jobs), jobs)
+
+
+def demo(directory: Path, recipe: Recipe = DEMO, jobs: int = 0) -> dict[str, Any]:
+    """The audit of the OpenMoji drawings; returns verdict.json."""
+    with _stage(directory, "draw"):
         render_demo(directory / "drawings")
-    runs: dict[str, list[Path]] = {arm: [] for arm in ARMS}
-    for seed in range(seeds):
-        planted, out = directory / f"planted-{seed}", directory / f"dedup-{seed}"
-        with _stage(seconds, "plant"):
-            plant(directory / "drawings", planted, canaries=canaries, controls=controls, fillers=fillers, seed=seed)
-        with _stage(seconds, "dedup"):
-            deduplicate(planted, out, Options(level="copy", encoder="local"))
-            write_dedup_report(out)
-        tasks = [(out, arm, steps, directory / f"{arm}-{seed}", seed, samples) for arm in ARMS]
-        with _stage(seconds, "train, generate and attack"):  # the two arms side by side, one core each
-            for arm, run in zip(ARMS, engine.run(_train_and_attack, tasks, jobs=2), strict=True):
-                runs[arm].append(run)
-    with _stage(seconds, "compare and report"):
-        verdict = compare(runs["raw"], runs["refill"], directory / "audit")
-        write_report(directory / "audit")
-    manifest.write_json(directory / "timings.json", {name: round(value, 1) for name, value in seconds.items()})
+    return audit(directory / "drawings", directory, recipe, jobs=jobs)
+
+
+def audit(
+    src: Path, directory: Path, recipe: Recipe, *, jobs: int = 0, redact: bool = False, exploratory: bool = False
+) -> dict[str, Any]:
+    """Run the job on SRC; returns verdict.json, `failed` of which names the runs that could not be made.
+
+    jobs: trainings at a time; 0 = one a processor. redact: the report shows no images. exploratory: goes on although
+    what was declared has changed since the first model was trained, and the verdict says so. Raises AuditError and
+    what the steps raise.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    outs = _prepare(src, directory, recipe)
+    recipe = _fit_to_dataset(recipe, outs)
+    changed = _declare(directory, recipe, outs, exploratory)
+    tasks = [(outs[seed], arm, recipe, directory / f"{arm}-{seed}", seed) for seed in outs for arm in recipe.arms]
+    with _stage(directory, "train, generate and attack"):
+        made = list(engine.run(_make_run, tasks, jobs=jobs or count_jobs(recipe.train.device)))
+    for task, result in zip(tasks, made, strict=True):
+        _add_times(directory, {f"  {task[3].name}: {name}": value for name, value in result["seconds"].items()})
+    failed = [result for result in made if result["error"]]
+    runs = [task[3] for task, result in zip(tasks, made, strict=True) if not result["error"]]
+    if not runs:
+        raise AuditError(f"all runs failed, the first because of this: {failed[0]['error']}")
+    changed += _check_thresholds(directory, runs, exploratory)
+    with _stage(directory, "compare and report"):
+        verdict = compare(
+            runs,
+            directory / "audit",
+            declared=recipe.primary,
+            at_least=recipe.at_least,
+            changed=changed,
+            failed=[{name: result[name] for name in ("arm", "seed", "error")} for result in failed],
+            utility=recipe.utility,
+        )
+        write_report(directory / "audit", redact=redact)
     return verdict
 
 
-def _train_and_attack(out: Path, arm: str, steps: int, run: Path, seed: int, samples: int) -> Path:
-    from defense.config import TrainConfig
+def count_jobs(device: str) -> int:
+    """Trainings at a time: one a processor, but a GPU takes one."""
+    import torch
+
+    wants_gpu = device == "auto" or device.startswith("cuda")
+    return 1 if wants_gpu and torch.cuda.is_available() else engine.available_cpus()
+
+
+def _prepare(src: Path, directory: Path, recipe: Recipe) -> dict[int, Path]:
+    """Training seed → the dedup run whose rows it trains on: one each if planted, else the same for all."""
+    options = Options(level=recipe.dedup.level, encoder=recipe.dedup.encoder)
+    if not recipe.planted:
+        out = directory / "out"
+        with _stage(directory, "deduplicate, with report"):
+            deduplicate(src, out, options)
+            _tell(write_dedup_report(out))
+        return dict.fromkeys(range(recipe.seeds), out)
+    outs = {}
+    for seed in range(recipe.seeds):
+        planted, outs[seed] = directory / f"planted-{seed}", directory / f"out-{seed}"
+        with _stage(directory, "plant"):
+            chosen = {name: getattr(recipe.plant, name) for name in Planting.__dataclass_fields__}
+            held_out = recipe.utility.images
+            plant(src, planted, seed=seed, resolution=recipe.train.resolution, held_out=held_out, **chosen)
+        with _stage(directory, "deduplicate, with report"):
+            deduplicate(planted, outs[seed], options)
+            _tell(write_dedup_report(outs[seed]))
+    return outs
+
+
+def _tell(page: Path) -> None:
+    print(f"   {page}", file=sys.stderr)
+
+
+def _fit_to_dataset(recipe: Recipe, outs: dict[int, Path]) -> Recipe:
+    """Without a duplicate there is one arm. Raises AuditError when there are too few clusters to ever show a thing."""
+    if recipe.planted or len(recipe.arms) == 1:
+        return recipe
+    out = next(iter(outs.values()))
+    _, clusters = describe_dataset(out, 2)
+    if clusters == 0:
+        print("No duplicates were found: the raw model is audited, there is nothing to compare.", file=sys.stderr)
+        return replace(recipe, arms=("raw",), primary=())
+    _, clusters = describe_dataset(out, recipe.at_least)
+    if clusters < FEWEST:
+        raise AuditError(
+            f"{out}: {clusters} clusters stand {recipe.at_least} times or more, too few to compare: below {FEWEST} "
+            f"nothing is significant, and a drop of 25 points takes {clusters_needed(0.25)}. Take more data, plant "
+            "canaries ([plant] in the config), or audit the raw model alone (--arms raw)"
+        )
+    return recipe
+
+
+def _declare(directory: Path, recipe: Recipe, outs: dict[int, Path], exploratory: bool) -> list[str]:
+    """Write DIR/audit.json with the thresholds, or see that it says the same; returns what has changed.
+
+    Before a model is trained all may change. After, what decides the models may not, and the rest only as exploratory.
+    Raises AuditError.
+    """
+    path: Path = directory / "audit.json"
+    now: dict[str, Any] = {"recipe": recipe.record(), "calibration_sha256": {}}
+    for seed, out in outs.items():
+        yardstick = load_yardstick(
+            out, recipe.train.resolution, limit=recipe.generate.limit, held_out=recipe.train.held_out
+        )
+        frozen = directory / "thresholds" / f"{seed}.json"
+        freeze(calibrate(yardstick), frozen)
+        now["calibration_sha256"][str(seed)] = _digest(frozen)
+    if not path.exists() or not any(directory.glob("*/train.jsonl")):
+        manifest.write_json(path, now)
+        return []
+    before = manifest.read_json(path)
+    changed = [name for name, value in now["recipe"].items() if before["recipe"].get(name) != value]
+    if before["calibration_sha256"] != now["calibration_sha256"] and "seeds" not in changed:
+        changed.append("thresholds")
+    if fixed := [name for name in changed if name not in (*LATER, "thresholds")]:
+        raise AuditError(f"{directory} holds an audit with other values of {', '.join(fixed)}: choose another -o")
+    if changed and not exploratory:
+        raise AuditError(
+            f"{directory}: {', '.join(changed)} changed after models were trained; what is declared after looking "
+            "proves nothing: go back, choose another -o, or say --exploratory"
+        )
+    return changed
+
+
+def _check_thresholds(directory: Path, runs: Sequence[Path], exploratory: bool) -> list[str]:
+    """The thresholds that the runs were scored by are those that were written down. Raises AuditError."""
+    changed = []
+    for run in runs:
+        seed = manifest.read_json(run / "config.json")["seed"]
+        declared = manifest.read_json(directory / "thresholds" / f"{seed}.json")
+        used = manifest.read_json(run / "calibration.json")  # it may know more, of models
+        if any(used.get(name) != value for name, value in declared.items() if value is not None):
+            changed.append(run.name)
+    if changed and not exploratory:
+        raise AuditError(
+            f"{', '.join(changed)} were scored by other thresholds than those of {directory / 'thresholds'}: "
+            "delete their calibration.json and scores, or say --exploratory"
+        )
+    return [f"thresholds of {name}" for name in changed]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _make_run(out: Path, arm: str, recipe: Recipe, run: Path, seed: int) -> dict[str, Any]:
+    """One arm with one seed, from training to scores. What goes wrong with it is told, so that the others go on."""
     from defense.train import train
 
-    train(out, arm, TrainConfig(steps=steps), run, seed)
-    generate(run, n=samples)
-    attack(run)
-    return run
+    seconds: dict[str, float] = {}
+    error = None
+    try:
+        with engine.timed(seconds, "train"):
+            train(out, arm, recipe.train, run, seed)
+        sampling = recipe.generate
+        with engine.timed(seconds, "generate"):
+            generations = generate(
+                run,
+                n=sampling.n,
+                guidance_scale=sampling.guidance_scale,
+                steps=sampling.steps,
+                limit=sampling.limit,
+            )
+        with engine.timed(seconds, "attack"):
+            if not _is_scored(run, generations):
+                attack(run)
+        with engine.timed(seconds, "utility"):
+            measure_utility(run, recipe.utility, sampling)
+    except MENDABLE as problem:
+        error = f"{type(problem).__name__}: {problem}"
+        print(f"{run.name} failed: {error}", file=sys.stderr)
+    return {"arm": arm, "seed": seed, "error": error, "seconds": seconds}
+
+
+def _is_scored(run: Path, generations: pl.DataFrame) -> bool:
+    path = run / "scores-clique.parquet"
+    if not path.exists() or not (run / "calibration.json").exists():
+        return False
+    scores = pl.read_parquet(path, columns=["target_id", "digest"])
+    told = generations.select("prompt_id", "digest").unique()
+    return set(scores.iter_rows()) == set(told.iter_rows())
 
 
 @contextmanager
-def _stage(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Say what begins, on stderr, and add up how long it takes."""
+def _stage(directory: Path, name: str) -> Iterator[None]:
+    """Say what begins, on stderr, and add how long it takes to DIR/timings.json."""
     print(f"── {name}", file=sys.stderr)
-    start = time.perf_counter()
-    yield
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+    seconds: dict[str, float] = {}
+    with engine.timed(seconds, name):
+        yield
+    _add_times(directory, seconds)
+
+
+def _add_times(directory: Path, seconds: dict[str, float]) -> None:
+    """All times that the command was run count together."""
+    path = directory / "timings.json"
+    before = manifest.read_json(path) if path.exists() else {}
+    manifest.write_json(path, before | {k: round(before.get(k, 0.0) + v, 1) for k, v in seconds.items()})

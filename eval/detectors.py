@@ -21,6 +21,7 @@ from tqdm import tqdm
 from dedup import manifest
 from dedup.engine import available_cpus
 from eval import metrics
+from eval.denoiser import Denoiser, DenoiserError, open_denoiser
 from eval.generate import derive_seed, digest_model, read_config
 from eval.prompts import PROMPTS, list_prompts
 
@@ -29,11 +30,9 @@ if TYPE_CHECKING:
 
 BATCH = 64  # noises through the model at a time; fixed, because it may change the last bit
 GUIDANCE = 7.5  # of the one-step attack (Webster 2023)
-NOISIEST = 0.00466  # share of signal (ᾱ) at the last timestep of Stable Diffusion 1.4
 LOW_NOISE = 0.041  # timesteps[-3] of 50 with Stable Diffusion's spacing, as a share of all timesteps
 LATENT = 4 * 64 * 64  # numbers in a latent of Stable Diffusion 1.4, for which the weights below were chosen
 ANISOTROPY = (1.0, 2.0)  # weights of magnitude and cosine; the authors take (1, 0.1) for Stable Diffusion 2
-PREDICTIONS = ("epsilon", "v_prediction", "sample")
 FPRS = (0.01, 0.05)
 BLIND = "caption-length"  # what can be said without a model
 
@@ -49,38 +48,8 @@ DETECTIONS: dict[str, pl.DataType | type[pl.DataType]] = {
 Detector = Callable[["Predictions"], "Tensor"]
 
 
-class DetectError(ValueError):
+class DetectError(DenoiserError):
     """A detector that does not exist, or a model that it cannot be asked of."""
-
-
-@dataclass(frozen=True, slots=True)
-class Denoiser:
-    """A U-Net and its noise schedule: predictions as noise, whatever the model was trained to predict."""
-
-    unet: Any
-    alphas: "Tensor"  # (T,) ᾱ: share of signal in the variance
-    prediction_type: str
-
-    @property
-    def noisiest(self) -> int:
-        """The last timestep with no less signal than Stable Diffusion 1.4 has at its end.
-
-        A schedule of zero terminal SNR ends without any: there the noise is the input, whatever the prompt.
-        """
-        return int((self.alphas >= NOISIEST).nonzero().max())
-
-    def predict(self, noise: "Tensor", timestep: int, context: "Tensor") -> "Tensor":
-        """Noise (P, n, C, h, w), embeddings (P or 1, L, W) → predicted noise (P, n, D), the input taken as noisy."""
-        shape = noise.shape
-        x = noise.flatten(0, 1)  # (P · n, C, h, w)
-        contexts = context.expand(shape[0], -1, -1).repeat_interleave(shape[1], dim=0)
-        out = self.unet(x, timestep, encoder_hidden_states=contexts, return_dict=False)[0]
-        alpha = self.alphas[timestep]
-        if self.prediction_type == "v_prediction":  # Salimans & Ho 2022, appendix D
-            out = alpha.sqrt() * out + (1 - alpha).sqrt() * x
-        elif self.prediction_type == "sample":
-            out = (x - alpha.sqrt() * out) / (1 - alpha).sqrt()
-        return out.reshape(*shape[:2], -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +71,11 @@ class Predictions:
     def _ask(self, prompted: bool, timestep: int) -> "Tensor":
         """(P, n, D)"""
         if (prompted, timestep) not in self.known:
-            context = self.context if prompted else self.empty
-            self.known[prompted, timestep] = self.denoiser.predict(self.noise, timestep, context)
+            count, n = self.noise.shape[:2]
+            context = self.context if prompted else self.empty.expand(count, -1, -1)
+            told = {"encoder_hidden_states": context.repeat_interleave(n, dim=0)}
+            predicted = self.denoiser.predict(self.noise.flatten(0, 1), timestep, told)  # (P · n, C, h, w)
+            self.known[prompted, timestep] = predicted.reshape(count, n, -1)
         return self.known[prompted, timestep]
 
 
@@ -215,13 +187,12 @@ def score_prompts(
     from defense.conditions import embed_captions
     from defense.sampling import make_generators
 
-    check_pipeline(pipeline)
-    unet, scheduler = pipeline.unet, pipeline.scheduler
+    denoiser = check_pipeline(pipeline)
+    unet = denoiser.unet
     side = unet.config.sample_size
     shape = (unet.config.in_channels, *((side, side) if isinstance(side, int) else side))
     scores = {name: np.empty(len(prompts)) for name in names}
     size = max(1, BATCH // len(seeds[0])) if len(prompts) else 1
-    denoiser = Denoiser(unet, scheduler.alphas_cumprod.to(unet.device), scheduler.config.prediction_type)
     with torch.inference_mode():
         for first in tqdm(range(0, len(prompts), size), "detect", file=sys.stderr, disable=None):
             chunk = slice(first, first + size)
@@ -236,25 +207,19 @@ def score_prompts(
     return {name: np.where(np.isfinite(values), values, np.nan) for name, values in scores.items()}
 
 
-def check_pipeline(pipeline: Any) -> None:
-    """Raise DetectError, which says what is missing, for a pipeline that is not of the Stable Diffusion class."""
-    kind = type(pipeline).__name__
-    unet, scheduler = getattr(pipeline, "unet", None), getattr(pipeline, "scheduler", None)
-    prediction = getattr(getattr(scheduler, "config", None), "prediction_type", None)
-    config = getattr(unet, "config", None)
+def check_pipeline(pipeline: Any) -> Denoiser:
+    """The denoiser of a pipeline of the Stable Diffusion class. Raises DetectError or DenoiserError for another."""
+    denoiser = open_denoiser(pipeline)
     problems = {
-        "no U-Net": config is None,
         "no single text encoder": getattr(pipeline, "text_encoder", None) is None
         or getattr(pipeline, "text_encoder_2", None) is not None,
-        "a scheduler without a discrete noise schedule": not hasattr(scheduler, "alphas_cumprod"),
-        "a U-Net that takes more than noise": config is not None and config.in_channels != config.out_channels,
-        "a U-Net that is conditioned on more than text": getattr(config, "addition_embed_type", None)
+        "a U-Net that is conditioned on more than text": getattr(denoiser.unet.config, "addition_embed_type", None)
         not in (None, "text"),
     }
     if found := [problem for problem, there in problems.items() if there]:
+        kind = type(pipeline).__name__
         raise DetectError(f"{kind} has {found[0]}: detectors need a text-to-image pipeline like Stable Diffusion's")
-    if prediction not in PREDICTIONS:
-        raise DetectError(f"{kind} predicts {prediction!r}: detectors know {', '.join(PREDICTIONS)}")
+    return denoiser
 
 
 def count_tokens(pipeline: Any, prompts: Sequence[str]) -> np.ndarray:

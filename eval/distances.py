@@ -1,56 +1,27 @@
-"""Distances between pictures: arrays in, arrays out. All are 0 … 1 for pixels in 0 … 1; smaller = more alike.
+"""Distances between pictures that attacks use: those of `defense.distances`, and the largest of their tiles.
 
-Sums are taken in float64 from products of matrices, a few rows at a time. Knows nothing of files or thresholds.
+Arrays in, arrays out; 0 … 1 for pixels in 0 … 1; smaller = more alike. Knows nothing of files or thresholds.
 """
 
 import itertools
 
 import numpy as np
 
-CHUNK = 2**25  # numbers converted to float64 at a time: 256 MB
+from defense.distances import flip as flip
+from defense.distances import flip_min as flip_min
+from defense.distances import l2 as l2
+from defense.distances import scale as scale
 
 
-def scale(pixels: np.ndarray) -> np.ndarray:
-    """uint8 0 … 255 → float32 0 … 1."""
-    return pixels.astype(np.float32) / 255
+def near_any(images: np.ndarray, pixels: np.ndarray, chosen: np.ndarray, delta: float, batch: int = 256) -> np.ndarray:
+    """Float (N, H, W, C), uint8 (M, H, W, C), which of these bool (M,) → bool (N,): within delta of one of them.
 
-
-def flip(images: np.ndarray) -> np.ndarray:
-    """(N, H, W, C), mirrored left-right."""
-    return images[:, :, ::-1]
-
-
-def l2(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Float (N, H, W, C) and (M, H, W, C), values 0 … 1 → float32 (N, M): root of the mean squared difference.
-
-    The normalised ℓ2 of Carlini et al. 2023, sec. 4.1. Raises ValueError for integers and unequal shapes.
+    A batch of pictures is converted at a time.
     """
-    for images in (a, b):
-        if not np.issubdtype(images.dtype, np.floating):
-            raise ValueError(f"pixels must be floats in 0 … 1, not {images.dtype}: see `scale`")
-    if a.shape[1:] != b.shape[1:]:
-        raise ValueError(f"images of {a.shape[1:]} cannot be compared with images of {b.shape[1:]}")
-    size = int(np.prod(a.shape[1:]))
-    rows = max(1, CHUNK // max(size, 1))
-    distances = np.empty((len(a), len(b)), np.float32)
-    for right in range(0, len(b), rows):
-        y = _centre(b[right : right + rows])  # (m, D)
-        norms = np.einsum("md,md->m", y, y)
-        for left in range(0, len(a), rows):
-            x = _centre(a[left : left + rows])  # (n, D)
-            squares = np.einsum("nd,nd->n", x, x)[:, None] + norms - 2 * (x @ y.T)
-            distances[left : left + rows, right : right + rows] = np.sqrt(squares.clip(0) / size)
-    return distances
-
-
-def _centre(images: np.ndarray) -> np.ndarray:
-    """float64 (N, D). Smaller numbers leave smaller rounding errors in the difference of their squares."""
-    return images.reshape(len(images), -1).astype(np.float64) - 0.5
-
-
-def flip_min(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Like `l2`, to the image or to its mirror image, whichever is nearer."""
-    return np.minimum(l2(a, b), l2(a, flip(b)))
+    rows, near = np.flatnonzero(chosen), np.zeros(len(images), bool)
+    for first in range(0, len(rows), batch):
+        near |= (l2(images, scale(pixels[rows[first : first + batch]])) <= delta).any(axis=1)
+    return near
 
 
 def max_tile_l2(a: np.ndarray, grid: int = 4) -> np.ndarray:

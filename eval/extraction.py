@@ -21,9 +21,11 @@ from tqdm import tqdm
 from dedup import manifest
 from eval.adaptive import ADAPTIVE, pool, score_adaptive
 from eval.calibrate import Calibration, calibrate, freeze
-from eval.distances import flip, l2, max_tile_l2, scale
-from eval.generate import read_config
+from eval.distances import flip, l2, max_tile_l2, near_any, scale
+from eval.generate import GENERATIONS, read_config
 from eval.masks import TEMPLATE, build_masks, score_template
+from eval.replication import ENCODERS, REPLICATION, embed_reference, score_replication, summarise_similarity
+from eval.summary import summarise_scores
 from eval.targets import TARGETS, Yardstick, load_pixels, load_yardstick
 
 EXACT_CLIQUE = 64  # generations up to which the largest clique is found for certain
@@ -35,6 +37,7 @@ CLIQUE_SIZES = {4: 2, 10: 3, 16: 3, 32: 3, 64: 4, 128: 5, 256: 6, 500: 10}
 
 EVERY: dict[str, pl.DataType | type[pl.DataType]] = {
     **TARGETS,
+    "caption_kind": pl.String,  # of its prompts, as in `generate`; "all" when they are of several kinds
     "digest": pl.String,  # of the generations
     "n_generations": pl.Int64,  # those without finite numbers included
     "n_nan": pl.Int64,
@@ -59,7 +62,10 @@ CLIQUE: dict[str, pl.DataType | type[pl.DataType]] = {
     "direct": pl.Boolean,  # clique_flag, and the medoid within delta: the whole rule of Carlini et al.
 }
 SCORES = EVERY | CLIQUE
-SCHEMAS = {"clique": SCORES, "adaptive": EVERY | ADAPTIVE, "template": EVERY | TEMPLATE}  # columns of each attack
+SCHEMAS = {  # columns of each attack
+    **{"clique": SCORES, "adaptive": EVERY | ADAPTIVE, "template": EVERY | TEMPLATE},
+    "replication": EVERY | REPLICATION,
+}
 
 # Generations of one target, float32 (G, R, R, 3), the target's row in the yardstick, thresholds, and how many there
 # should be → the columns of the attack, files given by their number
@@ -70,10 +76,12 @@ class AttackError(ValueError):
     """Generations that cannot be scored."""
 
 
-def attack(run: Path, name: str = "clique") -> pl.DataFrame:
+def attack(run: Path, name: str = "clique", *, encoder: str = ENCODERS[0]) -> pl.DataFrame:
     """Score the generations of RUN; returns scores-<name>.parquet, columns SCHEMAS[name], one row a target.
 
-    Raises AttackError, CalibrationError, TargetError or OSError.
+    Writes attack-<name>.json too (`summary.summarise_scores`).
+    encoder: of the attack `replication`. Raises AttackError, CalibrationError, ReplicationError, EncoderError,
+    TargetError or OSError.
     """
     if name not in ATTACKS:
         raise AttackError(f"unknown attack {name!r}: choose one of {', '.join(ATTACKS)}")
@@ -82,15 +90,21 @@ def attack(run: Path, name: str = "clique") -> pl.DataFrame:
     generations = read_generations(run)
     out, resolution = Path(config["out"]), config["config"]["resolution"]
     yardstick = load_yardstick(
-        out, resolution, only=generations["prompt_id"].unique(), held_out=config["config"]["held_out"]
+        out,
+        resolution,
+        only=generations["prompt_id"].unique(),
+        held_out=config["config"]["held_out"],
+        controls=find_controls(generations),
     )
     if n_lost := generations["prompt_id"].n_unique() - len(yardstick.targets):
         raise AttackError(f"{run}: {n_lost} prompts belong to no target of {out}: run `unmemorize generate` again")
-    calibration = calibrate(yardstick)
-    freeze(calibration, run / "calibration.json")
+    calibration = freeze(calibrate(yardstick, config.get("pipeline")), run / "calibration.json")
+    check_generations(calibration, generations, run)
     if name == "template":
         masks, partners = build_masks(out, yardstick.targets, yardstick.target_pixels)
         yardstick = replace(yardstick, masks=masks, partners=partners)
+    if name == "replication":
+        yardstick = replace(yardstick, embedded=embed_reference(yardstick, encoder))
     copies = count_copies(out, yardstick, calibration)
     by_target = generations.partition_by("prompt_id", as_dict=True, maintain_order=True)
     scores = []
@@ -98,17 +112,23 @@ def attack(run: Path, name: str = "clique") -> pl.DataFrame:
         tqdm(yardstick.targets.iter_rows(named=True), f"attack {run.name}", len(copies), file=sys.stderr, disable=None)
     ):
         mine = by_target[(target["target_id"],)]
-        made = mine.filter(pl.col("status") == "ok")
+        drawn, made = mine.filter(pl.col("status") != "pruned"), mine.filter(pl.col("status") == "ok")
         images = read_images(run, made["file"], resolution)
         found = ATTACKS[name](images, place, yardstick, calibration, mine["n"][0])
         for column in found.keys() & {"best_file", "medoid_file"}:
             found[column] = None if found[column] is None else made["file"][found[column]]
-        shown = {"prompt": mine["prompt"][0], "digest": mine["digest"][0], "eidetic_k": copies[place]}
-        scores.append(target | found | shown | {"n_generations": len(mine), "n_nan": len(mine) - len(made)})
+        kinds = mine["caption_kind"].unique()
+        shown = {column: mine[column][0] for column in ("prompt", "digest")}
+        shown |= {"caption_kind": kinds[0] if len(kinds) == 1 else "all", "eidetic_k": copies[place]}
+        scores.append(target | found | shown | {"n_generations": len(drawn), "n_nan": len(drawn) - len(made)})
     if name == "adaptive":
         pool(scores, yardstick)
     table = pl.DataFrame(scores, schema=SCHEMAS[name])
+    summary = summarise_scores(table)
+    if yardstick.embedded is not None:
+        summary["similarity"]["training"] = summarise_similarity(yardstick.embedded.nearest)
     manifest.write_parquet(run / f"scores-{name}.parquet", table)
+    manifest.write_json(run / f"attack-{name}.json", summary)
     return table
 
 
@@ -117,10 +137,26 @@ def read_generations(run: Path) -> pl.DataFrame:
     path = run / "generations.parquet"
     if not path.exists():
         raise AttackError(f"{run} has no generations: run `unmemorize generate {run}` first")
-    generations = pl.read_parquet(path)
+    generations = manifest.conform(pl.read_parquet(path), GENERATIONS)
     if (n := generations["n"][0]) < FEWEST:
         raise AttackError(f"{run}: {n} generations a prompt; a clique needs {FEWEST} or more: generate -n 16")
     return generations
+
+
+def check_generations(calibration: Calibration, generations: pl.DataFrame, run: Path) -> None:
+    """Raise AttackError when the false matches of the calibration are of another number of images a prompt."""
+    measured, n = calibration.controls, generations["n"][0]
+    if measured is not None and measured["generations"] != n:
+        raise AttackError(
+            f"{run}: calibrated with {measured['generations']} generations a prompt, and there are {n}, of which one "
+            f"matches more or less easily: generate -n {measured['generations']}, or calibrate again"
+        )
+
+
+def find_controls(generations: pl.DataFrame) -> Path | None:
+    """The dedup run that controls were taken from, if they are none of OUT."""
+    named = generations["controls"].drop_nulls()
+    return None if named.is_empty() else Path(named[0])
 
 
 def read_images(run: Path, files: pl.Series, resolution: int) -> np.ndarray:
@@ -151,13 +187,12 @@ def score_clique(
     target = scale(yardstick.target_pixels[place : place + 1])
     delta = calibration.delta[yardstick.targets["target_id"][place]]
     distance, mirrored = l2(images, target)[:, 0], l2(images, flip(target))[:, 0]  # (G,)
-    others = scale(yardstick.reference_pixels[~yardstick.own[place]])
     matches = int((distance <= delta).sum())
     score: dict[str, Any] = {
         "delta": delta,
         "matches": matches,
         "matches_flip": int((mirrored <= delta).sum()),
-        "wrong_matches": int((l2(images, others) <= delta).any(axis=1).sum()),
+        "wrong_matches": int(near_any(images, yardstick.reference_pixels, ~yardstick.own[place], delta).sum()),
         "best_distance": float(distance.min()) if len(images) else None,
         "best_file": int(distance.argmin()) if len(images) else None,
         "best_distance_flip": float(mirrored.min()) if len(images) else None,
@@ -229,4 +264,7 @@ def _grow_clique(joined: np.ndarray, start: int) -> np.ndarray:
     return np.array(sorted(clique), dtype=np.int64)
 
 
-ATTACKS: dict[str, Attack] = {"clique": score_clique, "adaptive": score_adaptive, "template": score_template}
+ATTACKS: dict[str, Attack] = {
+    **{"clique": score_clique, "adaptive": score_adaptive, "template": score_template},
+    "replication": score_replication,
+}

@@ -1,8 +1,8 @@
 """Model × prompts × seeds → images: RUN/generations/<digest>/*.png and RUN/generations.parquet.
 
-Image j of a target has the same noise in every model: its seed comes from the target and j alone. The digest names
-model and settings. A prompt is finished when its table is there; the same command after a kill does only
-the others. Knows nothing of what is done with the images.
+Image j of a target has the same noise and the same caption in every model: its seed comes from the target and j alone,
+and the distinct captions of its cluster take turns. The digest names model and settings. A prompt is finished when its
+table is there; the same command after a kill does only the others. Knows nothing of what is done with the images.
 
     unmemorize generate RUN -n 16
 """
@@ -10,21 +10,23 @@ the others. Knows nothing of what is done with the images.
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import polars as pl
 from PIL import Image
 from tqdm import tqdm
 
 from dedup import manifest
 from dedup.engine import available_cpus
+from defense.sample import digest_model
+from eval.prompts import GIVEN, list_captions
 from eval.targets import load_targets
 
 if TYPE_CHECKING:
-    from defense.sampling import DenoisingStep
+    from defense.guards import Drawn, Sampler
 
 BASE_SEED = "unmemorize-1"  # the same for every arm, run and dataset
 UNCONDITIONAL = ("DDPMPipeline",)  # models that take no prompt; every image of theirs is as good as any other
@@ -36,13 +38,15 @@ GENERATIONS: dict[str, pl.DataType | type[pl.DataType]] = {
     "prompt_kind": pl.String,  # "member" or "control"
     "cluster_id": pl.Int64,
     "seed": pl.Int64,
-    "guard": pl.String,  # "none"
-    "status": pl.String,  # "ok"; "nan" when the model gave no finite numbers, then there is no file
+    "guard": pl.String,  # of `guards.name_guards`; "none"
+    "status": pl.String,  # "ok"; without a file: "nan" (the model gave no finite numbers), "refused" (by a guard)
     "file": pl.String,  # relative to RUN
     "digest": pl.String,  # of model and settings, the three below included
     "guidance_scale": pl.Float64,
     "steps": pl.Int64,
-    "n": pl.Int64,  # images a prompt
+    "n": pl.Int64,  # images a target
+    "caption_kind": pl.String,  # of `prompts.KINDS`, or "given"
+    "controls": pl.String,  # absolute path of the dedup run that a control was taken from, if from another
 }
 
 
@@ -58,34 +62,81 @@ def generate(
     steps: int = 15,
     prompts: Path | None = None,
     limit: int = 200,
+    captions: str = "all",
+    order: str = "stratified",
+    controls: Path | None = None,
+    guards: Sequence[str] = (),
 ) -> pl.DataFrame:
-    """n images for the prompt of every target (`targets.load_targets`); returns generations.parquet.
+    """n images for every target (`targets.load_targets`: limit, order, controls); returns generations.parquet.
 
-    prompts: CSV file with the columns target_id and prompt: other prompts, for these targets only.
-    Raises GenerateError, TargetError, ModelError or OSError.
+    captions: of `prompts.list_captions`; all that a target has in equal share, one image at least of each as far as n
+    goes. prompts: CSV file with the columns target_id and prompt: other prompts, for these targets only. guards:
+    defences around the sampler (`defense.guards`); what they compared is in RUN/guards.parquet.
+    Raises GenerateError, GuardError, TargetError, ModelError or OSError.
     """
     from dedup.options import lock
 
-    if n < 1 or steps < 1:
-        raise GenerateError(f"n = {n} images in steps = {steps}: both must be at least 1")
     run = run.resolve()
-    config = read_config(run)
-    targets = load_targets(Path(config["out"]), limit=limit, held_out=config["config"]["held_out"])
-    if prompts is not None:
-        targets = _replace_prompts(targets, prompts)
-    if config.get("pipeline") in UNCONDITIONAL:
-        targets = targets.with_columns(prompt=pl.lit(""))
-    settings = {"n": n, "guidance_scale": float(guidance_scale), "steps": steps}
-    digest = digest_model(run / "model", settings | {"base_seed": BASE_SEED, "batch": BATCH})
+    asked, settings = list_asked(
+        run,
+        n=n,
+        guidance_scale=guidance_scale,
+        steps=steps,
+        prompts=prompts,
+        limit=limit,
+        captions=captions,
+        order=order,
+        controls=controls,
+    )
+    digest = digest_model(run / "model", decide(run, settings, guards) | {"batch": BATCH})
     folder = run / "generations" / digest
-    names = [_name(row["target_id"], row["prompt"]) for row in targets.iter_rows(named=True)]
+    names = [name_prompt(row["target_id"], row["prompt"], row["numbers"]) for row in asked.iter_rows(named=True)]
     todo = [i for i, name in enumerate(names) if not (folder / f"{name}.parquet").exists()]
     with lock(run):
         if todo:
-            _sample_targets(run, folder, targets[todo], [names[i] for i in todo], settings, config["config"])
+            _sample_targets(run, folder, asked[todo], [names[i] for i in todo], settings, guards)
         table = pl.concat([pl.read_parquet(folder / f"{name}.parquet") for name in names])
         manifest.write_parquet(run / "generations.parquet", table)
+        (run / "guards.parquet").unlink(missing_ok=True)
+        if guards:
+            logs = [pl.read_parquet(folder / f"{name}-guards.parquet") for name in names]
+            manifest.write_parquet(run / "guards.parquet", pl.concat(logs))
     return table
+
+
+def list_asked(
+    run: Path,
+    *,
+    n: int,
+    guidance_scale: float,
+    steps: int,
+    prompts: Path | None = None,
+    limit: int = 200,
+    captions: str = "all",
+    order: str = "stratified",
+    controls: Path | None = None,
+) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """What `generate` with these parameters asks: targets with prompt, caption_kind and `numbers` of its images, and
+    the settings that decide how they are drawn. A row a target and caption."""
+    if n < 1 or steps < 1:
+        raise GenerateError(f"n = {n} images in steps = {steps}: both must be at least 1")
+    config = read_config(run)
+    out, controls = Path(config["out"]), controls and controls.resolve()
+    held_out = config["config"]["held_out"]
+    targets = load_targets(out, limit=limit, held_out=held_out, order=order, controls=controls)
+    if prompts is not None:
+        targets = _replace_prompts(targets, prompts)
+        told = targets.select("target_id", "prompt", caption_kind=pl.lit(GIVEN))
+    else:
+        told = list_captions(out, targets, captions)
+    if config.get("pipeline") in UNCONDITIONAL:
+        told = told.unique("target_id", keep="first", maintain_order=True).with_columns(prompt=pl.lit(""))
+    turn, turns = pl.int_range(pl.len()).over("target_id"), pl.len().over("target_id")
+    told = told.with_columns(numbers=pl.int_ranges(turn, n, turns)).filter(pl.col("numbers").list.len() > 0)
+    asked = targets.drop("prompt").join(told, on="target_id", maintain_order="left")
+    from_others = pl.col("root").is_not_null()
+    asked = asked.with_columns(controls=pl.when(from_others).then(pl.lit(controls and str(controls))))
+    return asked, {"n": n, "guidance_scale": float(guidance_scale), "steps": steps}
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -113,78 +164,96 @@ def _replace_prompts(targets: pl.DataFrame, path: Path) -> pl.DataFrame:
     return targets.drop("prompt").join(given.select("target_id", "prompt"), on="target_id", maintain_order="left")
 
 
-def digest_model(model: Path, settings: dict[str, Any]) -> str:
-    """16 hex digits over every file of the model folder and the settings."""
-    state = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path in sorted(path for path in model.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        state.update(f"\n{path.relative_to(model).as_posix()} {content}".encode())
-    return state.hexdigest()[:16]
+def name_prompt(target_id: str, prompt: str, numbers: Sequence[int]) -> str:
+    """File name of a prompt and its images: both strings are untrusted, so neither appears in it."""
+    return hashlib.sha256(json.dumps([target_id, prompt, list(numbers)]).encode()).hexdigest()[:16]
 
 
-def _name(target_id: str, prompt: str) -> str:
-    """File name of a prompt: both strings are untrusted, so neither appears in it."""
-    return hashlib.sha256(json.dumps([target_id, prompt]).encode()).hexdigest()[:16]
+def decide(run: Path, settings: dict[str, Any], guards: Sequence[str]) -> dict[str, Any]:
+    """What decides an image beside the model: part of the digest."""
+    from defense.guards import name_guards
+
+    decisive = settings | {"base_seed": BASE_SEED}
+    if guards:  # some of them look into OUT
+        decisive |= {"guard": name_guards(guards), "out": read_config(run)["out_sha256"]}
+    return decisive
+
+
+def open_model(run: Path) -> Any:
+    """The pipeline of RUN on its device, to be used with as many threads as its config says."""
+    import torch
+
+    from defense.model import load_pipeline
+
+    config = read_config(run)["config"]
+    torch.set_num_threads(config["threads"] or available_cpus())
+    return load_pipeline(run / "model", device=config.get("device", "auto"))
+
+
+def open_sampler(run: Path, settings: dict[str, Any], guards: Sequence[str]) -> "Sampler":
+    """The model of RUN behind its guards."""
+    from defense.guards import Setting, build_sampler
+
+    config, pipeline = read_config(run), open_model(run)
+    side, out = config["config"]["resolution"], Path(config["out"])
+    setting = Setting(pipeline, settings["steps"], settings["guidance_scale"], BATCH, side, out)
+    return build_sampler(guards, setting)
 
 
 def _sample_targets(
     run: Path,
     folder: Path,
-    targets: pl.DataFrame,
+    asked: pl.DataFrame,
     names: list[str],
     settings: dict[str, Any],
-    config: dict[str, Any],
+    guards: Sequence[str],
 ) -> None:
-    import torch
-
-    from defense.model import load_pipeline
-
-    torch.set_num_threads(config["threads"] or available_cpus())
-    pipeline = load_pipeline(run / "model", device=config.get("device", "auto"))
-    rows = list(zip(names, targets.iter_rows(named=True), strict=True))
-    n = settings["n"]
-    with tqdm(desc=f"generate {run.name}", unit=" images", total=len(rows) * n, file=sys.stderr, disable=None) as bar:
-        for name, target in rows:
-            seeds = [derive_seed(target["target_id"], j) for j in range(n)]
-            pixels, finite = _sample(pipeline, target["prompt"], seeds, settings)
-            files = [folder / f"{name}-{j:03d}.png" if finite[j] else None for j in range(n)]
-            for path, image in zip(files, pixels, strict=True):
-                if path is not None:
-                    manifest.write_atomic(path, partial(Image.fromarray(image).save, format="PNG"))
-            table = pl.DataFrame({"seed": seeds}).with_columns(
-                **{option: pl.lit(value) for option, value in settings.items()},
-                prompt_id=pl.lit(target["target_id"]),
-                prompt=pl.lit(target["prompt"]),
-                prompt_kind=pl.lit(target["prompt_kind"]),
-                cluster_id=pl.lit(target["cluster_id"]),
-                guard=pl.lit("none"),
-                status=pl.Series(["ok" if path else "nan" for path in files]),
-                file=pl.Series([path and path.relative_to(run).as_posix() for path in files], dtype=pl.String),
-                digest=pl.lit(folder.name),
-            )
-            table = table.select(pl.col(column).cast(kind) for column, kind in GENERATIONS.items())
-            manifest.write_parquet(folder / f"{name}.parquet", table)
-            bar.update(n)
+    sampler = open_sampler(run, settings, guards)
+    total = int(asked["numbers"].list.len().sum())
+    with tqdm(desc=f"generate {run.name}", unit=" images", total=total, file=sys.stderr, disable=None) as bar:
+        for name, row in zip(names, asked.iter_rows(named=True), strict=True):
+            draw(sampler, run, folder, name, row, row["numbers"], settings, guards)
+            bar.update(len(row["numbers"]))
 
 
-def _sample(pipeline: Any, prompt: str, seeds: list[int], settings: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (n, H, W, 3), and bool (n,): whether the latents stayed finite."""
-    from defense.sampling import sample
+def draw(
+    sampler: "Sampler",
+    run: Path,
+    folder: Path,
+    name: str,
+    row: dict[str, Any],
+    numbers: Sequence[int],
+    settings: dict[str, Any],
+    guards: Sequence[str],
+) -> None:
+    """Images `numbers` of a row of `list_asked`, as folder/<name>-<number>.png, and their table <name>.parquet."""
+    from defense.guards import name_guards
 
-    finite = np.ones(len(seeds), bool)
-
-    def watch(step: "DenoisingStep") -> None:
-        batch = step.latents.isfinite().flatten(1).all(dim=1).cpu().numpy()  # (B,)
-        finite[step.first : step.first + len(batch)] &= batch
-
-    pixels = sample(
-        pipeline,
-        [prompt] * len(seeds),
-        seeds,
-        steps=settings["steps"],
-        guidance_scale=settings["guidance_scale"],
-        batch_size=BATCH,
-        on_step=watch,
+    seeds = [derive_seed(row["target_id"], j) for j in numbers]
+    drawn = _sample(sampler, row["prompt"], seeds)
+    files = [
+        folder / f"{name}-{j:03d}.png" if status == "ok" else None
+        for j, status in zip(numbers, drawn.status, strict=True)
+    ]
+    for path, image in zip(files, drawn.pixels, strict=True):
+        if path is not None:
+            manifest.write_atomic(path, partial(Image.fromarray(image).save, format="PNG"))
+    told = ("prompt", "prompt_kind", "cluster_id", "caption_kind", "controls")
+    table = pl.DataFrame({"seed": seeds}).with_columns(
+        **{option: pl.lit(value) for option, value in settings.items()},
+        **{column: pl.lit(row[column]) for column in told},
+        prompt_id=pl.lit(row["target_id"]),
+        guard=pl.lit(name_guards(guards)),
+        status=pl.Series(drawn.status),
+        file=pl.Series([path and path.relative_to(run).as_posix() for path in files], dtype=pl.String),
+        digest=pl.lit(folder.name),
     )
-    return pixels, finite
+    table = table.select(pl.col(column).cast(kind) for column, kind in GENERATIONS.items())
+    if guards:
+        log = drawn.log.select(pl.lit(row["target_id"]).alias("prompt_id"), pl.all())
+        manifest.write_parquet(folder / f"{name}-guards.parquet", log)
+    manifest.write_parquet(folder / f"{name}.parquet", table)
+
+
+def _sample(sampler: "Sampler", prompt: str, seeds: list[int]) -> "Drawn":
+    return sampler([prompt] * len(seeds), seeds)

@@ -1,6 +1,6 @@
-"""Captions of all distinct pictures of OUT, and how often their images stand in the data: prompts to ask a model with.
+"""Captions to ask a model with: all that a target has, and those of all distinct pictures of OUT.
 
-More than the targets of an attack, because nothing has to be drawn for them. Knows nothing of models.
+The latter are more than the targets of an attack, because nothing has to be drawn for them. Knows nothing of models.
 """
 
 from pathlib import Path
@@ -8,7 +8,11 @@ from pathlib import Path
 import polars as pl
 
 from dedup import manifest
+from dedup.policy import has_caption
 from eval.targets import TargetError, load_reference, read_plant
+
+KINDS = ("survivor", "dropped", "null")  # of captions: the keeper's own, those of the rows it stands for, none
+GIVEN = "given"  # by a file of prompts
 
 PROMPTS: dict[str, pl.DataType | type[pl.DataType]] = {
     "prompt_id": pl.String,  # target_id of `targets`, or "spare-" and the key
@@ -17,6 +21,32 @@ PROMPTS: dict[str, pl.DataType | type[pl.DataType]] = {
     "multiplicity": pl.Int64,  # how often the image stands in the original data
     "exposures": pl.Int64,  # times that training saw the image or a copy; null without RUN/exposures.parquet
 }
+
+
+def list_captions(out: Path, targets: pl.DataFrame, kind: str = "all") -> pl.DataFrame:
+    """(target_id, prompt, caption_kind): every distinct caption of each target, its own ("survivor") first.
+
+    "dropped" are the captions of the rows that it stands for, in input order; canaries have one for all copies. kind:
+    "all" of these two, or one of KINDS; "null" asks every target with the empty caption. A target without a caption
+    of that kind has no row. Raises TargetError.
+    """
+    if kind not in ("all", *KINDS):
+        raise TargetError(f"unknown kind of captions {kind!r}: choose of all, {', '.join(KINDS)}")
+    own = targets.select("target_id", "prompt", caption_kind=pl.lit("survivor"))
+    if kind == "null":
+        return own.with_columns(prompt=pl.lit(""), caption_kind=pl.lit("null"))
+    stars = targets.filter(pl.col("mode").is_null(), pl.col("root").is_null()).select("target_id", "cluster_id")
+    rows = manifest.read(out, ["id", "status", "caption", "cluster_id"]).filter(pl.col("status") == "ok", has_caption())
+    others = stars.join(rows, on="cluster_id").sort("id").select("target_id", prompt="caption")
+    others = others.join(own, on=["target_id", "prompt"], how="anti", maintain_order="left")
+    others = others.unique(maintain_order=True).with_columns(caption_kind=pl.lit("dropped"))
+    place = targets.select("target_id").with_row_index("place")
+    every = pl.concat([own, others]).join(place, on="target_id", maintain_order="left")
+    every = every.sort("place", maintain_order=True).drop("place")
+    chosen = every if kind == "all" else every.filter(caption_kind=kind)
+    if chosen.is_empty():
+        raise TargetError(f"{out}: no target has a caption of the kind {kind!r}")
+    return chosen
 
 
 def list_prompts(out: Path, exposures: Path, at_least: int, limit: int) -> pl.DataFrame:

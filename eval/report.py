@@ -2,58 +2,75 @@
 
 In: AUDIT/comparison.parquet, verdict.json, calibration.json; the generations in the runs that the table
 names, and the training images through the source of their dedup run. Out: the page and its pictures. Counts
-come from the table; the contrast, and what may be claimed, from the verdict. Knows nothing of attacks.
+come from the table; the contrasts, and what may be claimed, from the verdict.
 """
 
 import hashlib
-import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import polars as pl
 
 from dedup import images, manifest, sources
 from dedup.report import environment, read_credit
-from eval.stats import wilson
+from eval.distances import l2, max_tile_l2, scale
+from eval.extraction import find_largest_clique, read_images
+from eval.figures import draw_dose, draw_interval
+from eval.story import count_arm, list_threats, name_arm, name_images, tell_privacy, tell_story
 
 TEMPLATES = Path(__file__).parent / "templates"
-CASES, CONTROLS = 300, 60  # targets × seeds that the page shows
-OFTEN = 16  # copies from which an image counts as planted often
-ARM_NAMES = {"raw": "raw model", "refill": "refilled model", "dedup": "deduplicated model"}
+CASES, CONTROLS, CLIQUES = 300, 60, 6  # targets × seeds that the page shows
 CANARIES = "canaries"  # folder of a planted dataset with the originals
-# The dose-response chart, in units of its viewBox; never-planted images stand apart at NEVER, m = 1 at ONCE.
-TOP, BOTTOM, NEVER, ONCE, RIGHT = 16, 256, 78, 150, 790
-DODGE = 9  # between the arms of one multiplicity
+REDACTED = "(left out)"
 
 
-def write_report(audit: Path) -> Path:
-    """Write AUDIT/report and return the path of its index.html. Raises OSError when a file is missing."""
+def write_report(audit: Path, *, redact: bool = False) -> Path:
+    """Write AUDIT/report and return the path of its index.html. Raises OSError when a file is missing.
+
+    redact: no images, no captions, no paths: a page that may go where the images may not.
+    """
     verdict = manifest.read_json(audit / "verdict.json")
     rows = pl.read_parquet(audit / "comparison.parquet").sort(-pl.col("multiplicity"), "target_id", "seed")
     runs = {path: manifest.read_json(Path(path) / "config.json") for path in rows["run"].unique().sort()}
     arms = list(verdict["arms"])
-    originals = {run["out"]: read_originals(Path(run["out"]), rows["key"].unique().to_list()) for run in runs.values()}
+    sources_ = {run["out"]: source_of(Path(run["out"])) for run in runs.values()}
     pictures: dict[str, bytes] = {}
-    planted, never = rows.filter(pl.col("multiplicity") > 0), rows.filter(pl.col("multiplicity") == 0)
+    if redact:
+        rows = rows.with_columns(prompt=pl.lit(REDACTED), best_file=pl.lit(None, pl.String), target_id=_number(rows))
+        originals: dict[str, dict[str, bytes]] = {out: {} for out in sources_}
+    else:
+        originals = {out: read_originals(Path(out), rows["key"].unique().to_list()) for out in sources_}
+    gather = partial(collect_cases, arms=arms, runs=runs, originals=originals, pictures=pictures)
+    planted, never = rows.filter(prompt_kind="member"), rows.filter(prompt_kind="control")
+    counted = [count_arm(rows, arm, verdict["at_least"]) for arm in arms]
     text = (
         environment(TEMPLATES)
         .get_template("comparison.html")
         .render(
-            audit=audit.resolve().name,
-            arms=[count_arm(rows, arm) for arm in arms],
-            story=tell_story(rows, arms, verdict["primary"]),
-            interval=draw_interval(verdict["primary"]),
+            audit=REDACTED if redact else audit.resolve().parent.name,
+            redact=redact,
+            arms=counted,
+            story=tell_story(rows, verdict),
+            what=name_images(bool(rows["mode"].is_not_null().any()), verdict["at_least"]),
+            is_planted=bool(rows["mode"].is_not_null().any()),
+            interval=draw_interval(verdict["primary"]) if verdict["primary"] else None,
+            contrasts=describe_contrasts(verdict),
             dose=draw_dose(rows, arms),
-            cases=collect_cases(planted, arms, runs, originals, pictures, CASES),
-            controls=collect_cases(never, arms, runs, originals, pictures, CONTROLS),
-            deltas=[rows["delta"].min(), rows["delta"].median(), rows["delta"].max()],
+            first=gather(most_memorised(planted, arms[0]), limit=6),
+            cliques=[] if redact else collect_cliques(planted, runs, originals, pictures),
+            cases=gather(planted, limit=CASES),
+            controls=gather(never, limit=CONTROLS),
+            threats=list(list_threats(rows, verdict, next(iter(runs.values())))),
+            privacy=tell_privacy(counted),
             generations=rows["n_generations"].max(),
             verdict=verdict,
             calibration=manifest.read_json(audit / "calibration.json"),
-            runs=runs,
-            credits=sorted({c for out in originals if (c := read_credit(source_of(Path(out))))}),
+            runs=_hide(runs) if redact else runs,
+            credits=sorted({c for src in sources_.values() if (c := read_credit(src))}),
         )
     )
     folder = audit / "report" / "images"
@@ -65,126 +82,33 @@ def write_report(audit: Path) -> Path:
     return audit / "report" / "index.html"
 
 
-def name_arm(arm: str) -> str:
-    return ARM_NAMES.get(arm, f"model of arm “{arm}”")
+def _number(rows: pl.DataFrame) -> pl.Series:
+    """Names of files are names of images: a number takes their place."""
+    return rows["target_id"].rank("dense").cast(pl.String)
 
 
-def count(rows: pl.DataFrame) -> dict[str, Any]:
-    """Targets × seeds of these rows, those given back, and the Wilson interval of their share."""
-    rate = wilson(int(rows["extracted"].sum()), len(rows))
-    return {"hits": rate.count, "n": rate.n, "share": rate.estimate, "low": rate.low, "high": rate.high}
+def _hide(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {Path(path).name: {k: v for k, v in run.items() if k != "out"} for path, run in runs.items()}
 
 
-def count_arm(rows: pl.DataFrame, arm: str) -> dict[str, Any]:
-    """One line of the table of arms."""
-    mine = rows.filter(pl.col("arm") == arm)
-    tried, matched = int(mine["n_generations"].sum()), int(mine["matches"].sum())
-    return {
-        "arm": arm,
-        "name": name_arm(arm),
-        "seeds": sorted(mine["seed"].unique()),
-        "repeated": count(mine.filter(pl.col("multiplicity") > 1)),
-        "single": count(mine.filter(pl.col("multiplicity") == 1)),
-        "never": count(mine.filter(pl.col("multiplicity") == 0)),
-        "tried": tried,
-        "matched": matched,
-    }
+def describe_contrasts(verdict: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every contrast with its name, and its interval on one scale; more than one only."""
+    if verdict["primary"] is None or not (others := [*verdict["co_primary"], *verdict["contrasts"]]):
+        return []
+    found = [verdict["primary"], *others]
+    return [one | {"name": name_arm(one["contrast"].split(" - ")[1]), "bar": draw_interval(one, 1.0)} for one in found]
 
 
-def tell_story(rows: pl.DataFrame, arms: list[str], primary: dict[str, Any]) -> dict[str, str]:
-    """The outcome in plain words, whichever it is: headline, verdict, meaning, and the images planted often.
-
-    primary: the contrast arms[0] - arms[1], so a positive estimate means that arms[1] gives back less.
-    """
-    repeated = rows.filter(pl.col("multiplicity") > 1)
-    first, second = (count(repeated.filter(pl.col("arm") == arm)) for arm in arms[:2])
-    names = [name_arm(arm) for arm in arms[:2]]
-    images_ = f"{first['n']:,} images planted twice or more"
-    if first["hits"] == second["hits"] == 0:
-        headline = f"Neither model gave back any of the {images_}."
-    elif first["hits"] == second["hits"]:
-        headline = f"Both models gave back {first['hits']:,} of the {images_}."
-    else:
-        headline = (
-            f"The {names[0]} gave back {first['hits']:,} of {images_}; "
-            f"the {names[1]} {second['hits']:,} of {second['n']:,}."
-        )
-    low, high = primary["interval"]
-    if first["hits"] == second["hits"] == 0:
-        verdict, meaning = (
-            "nothing to compare",
-            "Without an image given back, this audit cannot show what deduplication does.",
-        )
-    elif low > 0:
-        verdict, meaning = (
-            "fewer given back",
-            f"The {names[1]} gives back fewer: the interval excludes no difference.",
-        )
-    elif high < 0:
-        verdict, meaning = (
-            "more given back",
-            f"The {names[1]} gives back more: the interval excludes no difference.",
-        )
-    else:
-        verdict = "no difference shown"
-        meaning = "The interval includes no difference: these data neither show an effect nor rule one out."
-    often = rows.filter(pl.col("multiplicity") >= OFTEN)
-    counts = [count(often.filter(pl.col("arm") == arm)) for arm in arms[:2]]
-    if len(often) and (counts[0]["n"], counts[1]["n"]) != (first["n"], second["n"]):
-        parts = [f"{c['hits']:,} of {c['n']:,}" for c in counts]
-        more = f"Of those planted {OFTEN} times or more it was {parts[0]} against {parts[1]}."
-    else:
-        more = ""
-    story = {"headline": headline, "verdict": verdict, "meaning": meaning, "often": more}
-    return story | {"estimate": say_points(primary["estimate"]), "interval": say_interval(low, high)}
-
-
-def say_points(difference: float) -> str:
-    """0.375 → "37.5 points fewer": what arms[1] gives back, against arms[0]."""
-    if round(100 * difference, 1) == 0:
-        return "no difference"
-    return f"{abs(100 * difference):.1f} points {'fewer' if difference > 0 else 'more'}"
-
-
-def say_interval(low: float, high: float) -> str:
-    """(-0.05, 0.12) → "5.0 points more to 12.0 points fewer"; (0.05, 0.12) → "5.0 to 12.0 points fewer"."""
-    if low * high <= 0:
-        return f"{say_points(low)} to {say_points(high)}"
-    near, far = sorted((low, high), key=abs)
-    return f"{abs(100 * near):.1f} to {say_points(far)}"
-
-
-def draw_interval(primary: dict[str, Any]) -> dict[str, float]:
-    """Positions in percent of the width for the estimate and its interval; the scale is symmetric about 0."""
-    low, high = primary["interval"]
-    reach = min(1.0, max(0.1, math.ceil(10 * max(abs(low), abs(high), abs(primary["estimate"]))) / 10))
-    places = {"low": max(low, -reach), "high": min(high, reach), "estimate": primary["estimate"]}
-    return {name: round(50 + 50 * value / reach, 2) for name, value in places.items()} | {"reach": reach}
-
-
-def draw_dose(rows: pl.DataFrame, arms: list[str]) -> dict[str, Any]:
-    """Points, interval bars and lines of the dose-response chart, in its viewBox."""
-    levels = sorted(rows["multiplicity"].unique())
-    widest = max(1.0, math.log2(max(levels[-1], 1)))
-    x = {m: ONCE + (RIGHT - ONCE) * math.log2(m) / widest if m else NEVER for m in levels}
-    curves = []
-    for number, arm in enumerate(arms):
-        points = []
-        for m in levels:
-            cell = rows.filter((pl.col("arm") == arm) & (pl.col("multiplicity") == m))
-            if len(cell):
-                place = {"m": m, "x": round(x[m] + DODGE * (number - (len(arms) - 1) / 2), 2)} | count(cell)
-                heights = {
-                    f"y_{name}": round(BOTTOM - (BOTTOM - TOP) * place[name], 2) for name in ("share", "low", "high")
-                }
-                points.append(place | heights)
-        path = " ".join(f"{p['x']},{p['y_share']}" for p in points if p["m"])
-        curves.append({"arm": arm, "name": name_arm(arm), "number": number, "points": points, "path": path})
-    return {"curves": curves, "ticks": [{"m": m, "x": round(x[m], 2)} for m in levels]}
+def most_memorised(planted: pl.DataFrame, arm: str) -> pl.DataFrame:
+    """Targets × seeds that the arm gives back most often come first."""
+    first = planted.filter(pl.col("arm") == arm).select("target_id", "seed", often="matches")
+    ranked = planted.join(first, on=["target_id", "seed"], how="left", maintain_order="left")
+    return ranked.sort(-pl.col("often").fill_null(0), -pl.col("multiplicity"), "target_id", "seed", maintain_order=True)
 
 
 def collect_cases(
     rows: pl.DataFrame,
+    *,
     arms: list[str],
     runs: dict[str, dict],
     originals: dict[str, dict[str, bytes]],
@@ -211,6 +135,54 @@ def collect_cases(
     return {"shown": shown, "total": rows.select("target_id", "seed").n_unique()}
 
 
+def collect_cliques(
+    planted: pl.DataFrame,
+    runs: dict[str, dict],
+    originals: dict[str, dict[str, bytes]],
+    pictures: dict[str, bytes],
+    limit: int = CLIQUES,
+) -> list[dict[str, Any]]:
+    """All generations of the prompts with the largest cliques, of any arm: who is in the clique, and who within δ."""
+    flagged = planted.filter("clique_flag").sort(
+        -pl.col("clique_size"), "clique_mean_distance", "target_id", "seed", maintain_order=True
+    )
+    shown = []
+    for row in flagged.unique("target_id", keep="first", maintain_order=True).head(limit).iter_rows(named=True):
+        path, run = Path(row["run"]), runs[row["run"]]
+        files = _list_files(path, row["target_id"])
+        if not files:
+            continue
+        side = run["config"]["resolution"]
+        drawn = read_images(path, pl.Series(files), side)
+        clique = find_largest_clique(max_tile_l2(drawn) <= row["delta_edge"])
+        data = originals[run["out"]].get(row["key"])
+        near = np.zeros(len(files), bool)
+        if data is not None:
+            target = scale(images.square(images.decode(data).pixels, side)[None])
+            near = l2(drawn, target)[:, 0] <= row["delta"]
+        answers = [
+            {"picture": _add((path / file).read_bytes(), pictures), "in": n in clique, "hit": bool(near[n])}
+            for n, file in enumerate(files)
+        ]
+        original = add_original(data, side, pictures)
+        names = ("arm", "seed", "prompt", "multiplicity", "clique_size", "clique_k", "clique_mean_distance")
+        shown.append({name: row[name] for name in names} | {"original": original, "answers": answers})
+    return shown
+
+
+def _list_files(run: Path, target: str) -> list[str]:
+    """Generations of a target that lie in the run, in order."""
+    table = pl.read_parquet(run / "generations.parquet", columns=["prompt_id", "status", "file"])
+    files = table.filter(pl.col("prompt_id") == target, pl.col("status") == "ok")["file"].to_list()
+    return [file for file in files if _inside(run, file) is not None]
+
+
+def _inside(run: Path, file: str | None) -> Path | None:
+    """A PNG of the run; None when it is gone or lies outside."""
+    path = (run.resolve() / (file or "")).resolve()
+    return path if path.suffix == ".png" and path.is_relative_to(run.resolve()) and path.is_file() else None
+
+
 def add_original(data: bytes | None, resolution: int, pictures: dict[str, bytes]) -> str | None:
     """The training image as the model saw it: padded to a square of `resolution` pixels."""
     if data is None:
@@ -224,11 +196,8 @@ def add_original(data: bytes | None, resolution: int, pictures: dict[str, bytes]
 
 def add_generation(row: dict[str, Any], pictures: dict[str, bytes]) -> str | None:
     """The generation that came nearest, its bytes untouched; None when it is gone or lies outside its run."""
-    run = Path(row["run"]).resolve()
-    path = (run / (row["best_file"] or "")).resolve()
-    if path.suffix != ".png" or not path.is_relative_to(run) or not path.is_file():
-        return None
-    return _add(path.read_bytes(), pictures)
+    path = _inside(Path(row["run"]), row["best_file"])
+    return None if path is None else _add(path.read_bytes(), pictures)
 
 
 def _add(data: bytes, pictures: dict[str, bytes]) -> str:
@@ -241,7 +210,7 @@ def source_of(out: Path) -> Path:
     return Path(manifest.read_run(out)["src"])
 
 
-def read_originals(out: Path, keys: list[str]) -> dict[str, bytes]:
+def read_originals(out: Path, keys: Sequence[str]) -> dict[str, bytes]:
     """Key → bytes of the training images, from the planted originals if there are any, else the dataset."""
     src = source_of(out)
     if (src / CANARIES).is_dir():

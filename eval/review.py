@@ -50,27 +50,44 @@ def write_review(out: Path, folder: Path, *, n: int = 100, seed: int = 0, jobs: 
         ],
     }
     shown = [[_show(row, failed) for row in pair] for pair in pairs]
+    told = {"src": run["src"], "out": str(out.resolve()), "removed": len(removed), "looked_at": len(drawn)}
+    certain = int((placed["signal"] == precision.CERTAIN).sum())
+    listed = [
+        name_stratum(row) | row | {"drawn": drawn.filter(stratum=n).height} for n, row in enumerate(sample["strata"])
+    ]
+    told |= {"certain": certain, "strata": listed, "failed": len(failed), "versions": run["versions"]}
+    write_page(folder, "review.html", sample, shown, gallery.find_base(src), told)
+    return sample
+
+
+def write_page(
+    folder: Path,
+    template: str,
+    sample: dict[str, Any],
+    shown: list[list[list[Any]]],
+    base: str | None,
+    told: dict[str, Any],
+) -> None:
+    """sample.json, and a page on which its pairs are labelled one after the other.
+
+    shown: for each pair of the sample two rows with the fields `gallery.LISTED`. base: where images are that are files.
+    told: what the template says beside.
+    """
+    name = repr((sample["digest"], *sample["review"].values())).encode()
     about = {
-        "store": f"unmemorize review {hashing.digest(repr((sample['digest'], n, seed)).encode())[:16]} ",
+        "store": f"unmemorize review {hashing.digest(name)[:16]} ",
         "digest": sample["digest"],
         "review": sample["review"],
         "decisions": [],
     }
     manifest.write_json(folder / NAME, sample)
     manifest.write_text(folder / "data" / "marks.js", gallery.to_script("marks", about))
-    content = {"base": gallery.find_base(src), "fields": gallery.LISTED, "pairs": shown}
+    content = {"base": base, "fields": gallery.LISTED, "pairs": shown}
     manifest.write_text(folder / "data" / "sample.js", gallery.to_script("sample", content))
     write_scripts(folder, "pair.js", "marks.js")
     manifest.write_text(folder / "review.js", (TEMPLATES / "review.js").read_text(encoding="utf-8"))
-    told = {"src": run["src"], "out": str(out.resolve()), "removed": len(removed), "looked_at": len(drawn)}
-    certain = int((placed["signal"] == precision.CERTAIN).sum())
-    listed = [
-        name_stratum(row) | row | {"drawn": drawn.filter(stratum=n).height} for n, row in enumerate(sample["strata"])
-    ]
-    page = environment(TEMPLATES).get_template("review.html")
-    text = page.render(**told, certain=certain, strata=listed, failed=len(failed), versions=run["versions"])
+    text = environment(TEMPLATES).get_template(template).render(**told)
     manifest.write_text(folder / "index.html", text)
-    return sample
 
 
 def describe_pairs(rows: pl.DataFrame, pairs: pl.DataFrame, ids: pl.Series) -> list[list[dict[str, Any]]]:
@@ -106,30 +123,41 @@ def judge(out: Path, folder: Path, labels: Path) -> dict[str, Any]:
 
     Raises SampleError when there is no sample, or the labels are those of another one; MarksError.
     """
-    path = folder / NAME
-    if not path.exists():
-        raise SampleError(f"{folder} holds no sample: run `unmemorize review {out}` first, or name its folder with -o")
-    sample, told = manifest.read_json(path), marks.read_marks(labels)
-    if told.get("review") is None:
-        raise SampleError(f"{labels} is no sample (marks of the report are those that caught an eye): label {folder}")
-    if (told.get("digest"), told["review"]) != (sample["digest"], sample["review"]):
-        raise SampleError(f"{labels} labels another sample than the one in {folder}: another run, -n or --seed")
-    verdicts = {marks.pair_of(mark): mark["verdict"] for mark in told["decisions"]}
+    sample, verdicts = read_labels(folder, labels, f"unmemorize review {out}")
     drawn = [(pair["stratum"], marks.pair_of(pair)) for pair in sample["sample"]]
-    foreign = len(verdicts.keys() - {pair for _, pair in drawn})
-    if foreign:
-        raise SampleError(f"{labels}: {foreign} of its pairs are not in the sample in {folder}")
     strata = [name_stratum(stratum) | stratum for stratum in sample["strata"]]
     found = precision.estimate(strata, [(stratum, verdicts.get(pair)) for stratum, pair in drawn])
     now = hashing.digest((out / "run.json").read_bytes()) if (out / "run.json").exists() else None
     return found | {"decided_again": now != sample["digest"]}
 
 
+def read_labels(folder: Path, labels: Path, command: str) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
+    """The sample in `folder`, and the verdict on each of its pairs that has one.
+
+    command: what makes such a sample. Raises SampleError when there is none, or the labels are of another; MarksError.
+    """
+    path = folder / NAME
+    if not path.exists():
+        raise SampleError(f"{folder} holds no sample: run `{command}` first, or name its folder with -o")
+    sample, told = manifest.read_json(path), marks.read_marks(labels)
+    if told.get("review") is None:
+        raise SampleError(f"{labels} is no sample (marks of the report are those that caught an eye): label {folder}")
+    if (told.get("digest"), told["review"]) != (sample["digest"], sample["review"]):
+        raise SampleError(f"{labels} labels another sample than the one in {folder}: another run, -n or --seed")
+    verdicts = {marks.pair_of(mark): mark["verdict"] for mark in told["decisions"]}
+    foreign = len(verdicts.keys() - {marks.pair_of(pair) for pair in sample["sample"]})
+    if foreign:
+        raise SampleError(f"{labels}: {foreign} of its pairs are not in the sample in {folder}")
+    return sample, verdicts
+
+
 def describe_sample(sample: dict[str, Any], folder: Path) -> str:
     """For the terminal: what was drawn, and what to do with it."""
     sizes = [stratum["removals"] for stratum in sample["strata"]]
     certain = sum(s["removals"] for s in sample["strata"] if s["signal"] == precision.CERTAIN)
-    equal = f" ({certain:,} more have equal bytes: nobody needs to look)" if certain else ""
+    equal = (
+        f" ({certain:,} more {'has' if certain == 1 else 'have'} equal bytes: nobody needs to look)" if certain else ""
+    )
     return (
         f"{len(sample['sample']):,} of {sum(sizes) - certain:,} removals to label{equal}: {folder / 'index.html'}\n"
         "Then: unmemorize review OUT --labels labels.json"

@@ -16,6 +16,8 @@ from dedup import images, manifest, sources
 from dedup.hashing import digest
 from dedup.policy import has_caption
 
+STRATA = (2, 3, 5, 10, 20, 50, 100)  # multiplicities at which another stratum begins
+ORDERS = ("stratified", "most-duplicated")
 CANARIES, SPARE = "canaries", "spare"  # folders of a planted dataset: the originals, and images for the refill
 LOCATION = ("shard", "offset", "size", "key", "sha256")
 
@@ -28,6 +30,7 @@ TARGETS: dict[str, pl.DataType | type[pl.DataType]] = {
     "multiplicity": pl.Int64,  # how often the image stands in the original data; 0 for controls
     "mode": pl.String,  # of a canary: "exact" or "edited"; null for what was not planted
     **{name: manifest.SCHEMA[name] for name in LOCATION},
+    "root": pl.String,  # absolute path of what the location lies in; null: the source of OUT
 }
 REFERENCE: dict[str, pl.DataType | type[pl.DataType]] = {
     "kind": pl.String,  # "dataset", "canary", "spare"
@@ -42,6 +45,16 @@ class TargetError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Embedded:
+    """The reference as an encoder sees it."""
+
+    encoder: str
+    described: str  # encoder, digest of its weights, preprocessing
+    vectors: np.ndarray  # float32 (reference, d), of length 1
+    nearest: np.ndarray  # float32 (reference,): cosine of each picture to the nearest other one
+
+
+@dataclass(frozen=True, slots=True)
 class Yardstick:
     """Targets and reference with their pixels, uint8 (N, R, R, 3), in the order of the tables."""
 
@@ -52,21 +65,28 @@ class Yardstick:
     own: np.ndarray  # bool (targets, reference): shows the picture of the target, or belongs to its component
     masks: np.ndarray | None = None  # bool (targets, R, R): the template of each, for the attack that needs them
     partners: np.ndarray | None = None  # int64 (targets,): pictures that the mask was made of
+    embedded: Embedded | None = None  # the reference, for the attack that compares embeddings
 
 
 def load_yardstick(
-    out: Path, resolution: int, *, limit: int | None = 200, held_out: float = 0.0, only: pl.Series | None = None
+    out: Path,
+    resolution: int,
+    *,
+    limit: int | None = 200,
+    held_out: float = 0.0,
+    only: pl.Series | None = None,
+    controls: Path | None = None,
 ) -> Yardstick:
     """Everything a generation is measured against. only: target_ids; they may lie beyond `limit`.
 
     Other parameters as in `load_targets`.
     """
-    targets = load_targets(out, limit=limit if only is None else None, held_out=held_out)
+    targets = load_targets(out, limit=limit if only is None else None, held_out=held_out, controls=controls)
     if only is not None:
         targets = targets.filter(pl.col("target_id").is_in(only.to_list()))
     reference = load_reference(out)
     same_key = targets["key"].to_numpy()[:, None] == reference["key"].to_numpy()
-    canary = targets["mode"].is_not_null().to_numpy()[:, None] & (reference["kind"] == "canary").to_numpy()
+    canary = targets["component_id"].is_null().to_numpy()[:, None] & (reference["kind"] == "canary").to_numpy()
     components = targets["component_id"].fill_null(-1).to_numpy()[:, None]
     same_component = components == reference["component_id"].fill_null(-2).to_numpy()
     return Yardstick(
@@ -78,28 +98,71 @@ def load_yardstick(
     )
 
 
-def load_targets(out: Path, *, limit: int | None = 200, held_out: float = 0.0) -> pl.DataFrame:
+def load_targets(
+    out: Path,
+    *,
+    limit: int | None = 200,
+    held_out: float = 0.0,
+    order: str = "stratified",
+    controls: Path | None = None,
+) -> pl.DataFrame:
     """One row a target, columns TARGETS.
 
     A planted dataset: every canary; those that stand nowhere are controls. Any other: the keepers of clusters
-    that have a caption, most duplicated first (the choice of Carlini et al. 2023, sec. 4.2), then single
-    images in a fixed random order; at most `limit`. Components that training holds out are no members;
-    `held_out` is the share in the config of the runs, and of those components at most `limit` are controls.
-    Without held-out components a dataset that was not planted has no controls. Raises TargetError.
+    that have a caption, at most `limit`, in one of ORDERS: equally many of each stratum of multiplicities as far as
+    it has so many, or most duplicated first (the choice of Carlini et al. 2023, sec. 4.2). Components that training
+    holds out are no members; `held_out` is the share in the config of the runs, and of those components at most `limit`
+    are controls. controls: a dedup run over pictures that no model was trained on; at most `limit` of its keepers, in a
+    fixed random order, are controls as well, without those whose bytes or caption stand in OUT. Raises TargetError.
     """
+    if order not in ORDERS:
+        raise TargetError(f"unknown order {order!r}: choose of {', '.join(ORDERS)}")
     rows = manifest.read(out).filter(pl.col("status") == "ok")
     plant = read_plant(out)
     rows = rows.with_columns(_hold_out(out, rows, held_out))
     most = len(rows) if limit is None else limit
     keepers = _list_keepers(_remove_planted(rows, plant))
     unseen = keepers.filter("held_out").unique("component_id", keep="first", maintain_order=True)
-    controls = unseen.head(most).with_columns(prompt_kind=pl.lit("control"), multiplicity=pl.lit(0))
-    trained = keepers.filter(~pl.col("held_out")).head(most)
+    unseen = unseen.head(most).with_columns(prompt_kind=pl.lit("control"), multiplicity=pl.lit(0))
+    trained = keepers.filter(~pl.col("held_out"))
+    trained = trained.head(most) if order == "most-duplicated" else _stratify(trained, most)
     members = trained if plant is None else _list_canaries(out, plant, rows)
     if members.is_empty():
         raise TargetError(f"{out}: no image with a caption, so there is no prompt to attack with")
-    return pl.concat(
-        part.select(pl.col(name).cast(kind) for name, kind in TARGETS.items()) for part in (members, controls)
+    parts = [part.with_columns(root=pl.lit(None, pl.String)) for part in (members, unseen)]
+    if controls is not None:
+        parts.append(_list_controls(out, controls, rows).head(most))
+    return pl.concat(part.select(pl.col(name).cast(kind) for name, kind in TARGETS.items()) for part in parts)
+
+
+def _stratify(keepers: pl.DataFrame, most: int) -> pl.DataFrame:
+    """Of each stratum in turn, in its order, until there are enough; the result in the order of the keepers."""
+    stratum = pl.sum_horizontal((pl.col("multiplicity") >= bound).cast(pl.Int64) for bound in STRATA)
+    placed = keepers.with_row_index("place").with_columns(stratum=stratum)
+    # equals in the random order of their digests, so that of each stratum a random part is taken
+    turn = pl.int_range(pl.len()).over("stratum", order_by="sha256")
+    chosen = placed.with_columns(turn=turn).sort("turn", -pl.col("stratum"), "place").head(most)
+    return chosen.sort("place").drop("place", "stratum", "turn")
+
+
+def _list_controls(out: Path, controls: Path, rows: pl.DataFrame) -> pl.DataFrame:
+    """Keepers of the run `controls`, in random order, but for those whose bytes or caption stand in OUT."""
+    src = _source(out)
+    known = [rows] + [_read_folder(out, folder) for folder in (CANARIES, SPARE) if (src / folder).is_dir()]
+    digests, captions = (pl.concat(part[name] for part in known) for name in ("sha256", "caption"))
+    free = _list_keepers(manifest.read(controls).filter(pl.col("status") == "ok"))
+    free = free.filter(
+        ~pl.col("sha256").is_in(digests.to_list()), ~pl.col("prompt").is_in(captions.drop_nulls().to_list())
+    )
+    if free.is_empty():
+        raise TargetError(f"{controls}: no picture with a caption that {out} does not hold, so there are no controls")
+    return free.sort("sha256").with_columns(
+        target_id="control-" + pl.col("sha256").str.slice(0, 16),
+        cluster_id=None,
+        component_id=None,
+        prompt_kind=pl.lit("control"),
+        multiplicity=0,
+        root=pl.lit(str(_source(controls))),
     )
 
 
@@ -179,9 +242,10 @@ def load_pixels(out: Path, rows: pl.DataFrame, resolution: int) -> np.ndarray:
 
     Raises TargetError for an image that is gone or no longer the same.
     """
-    src = _source(out)
+    usual = _source(out)
     pixels = np.empty((len(rows), resolution, resolution, 3), np.uint8)
-    for number, row in enumerate(rows.select(LOCATION).iter_rows(named=True)):
+    for number, row in enumerate(rows.iter_rows(named=True)):
+        src = Path(row.get("root") or usual)
         data = sources.read_image(src, row["shard"], row["offset"], row["size"], row["key"])
         if digest(data) != row["sha256"]:
             raise TargetError(f"{src}: {row['key']} has changed: run `unmemorize dedup` again")

@@ -113,6 +113,33 @@ def test_luma_of_a_jpeg_is_that_of_its_colours(gradient: np.ndarray, orientation
     assert np.abs(luma.grey.astype(int) - np.asarray(grey, int)).max() <= 4
 
 
+@pytest.mark.parametrize("min_side", [None, 12, 30, 64])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_colours_of_a_jpeg_are_those_of_pillow(min_side: int | None, subsampling: str, progressive: bool) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (61, 133, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.fromarray(noise), "JPEG", subsampling=subsampling, progressive=progressive, exif=exif)
+    with Image.open(io.BytesIO(data)) as picture:
+        if min_side is not None:
+            picture.draft("RGB", (min_side, min_side))
+        expected = np.asarray(picture.transpose(Image.Transpose.ROTATE_270))
+    decoded = images.decode(data, min_side=min_side)
+    assert (decoded.width, decoded.height, decoded.format) == (61, 133, "JPEG")
+    assert (decoded.pixels == expected).all()
+
+
+def test_a_jpeg_says_whether_it_is_plain(gradient: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    picture, second = Image.fromarray(gradient), Image.fromarray(gradient[::-1])
+    assert images._is_plain(encode(picture, "JPEG", comment=b"Exif", progressive=True))
+    assert not images._is_plain(encode(picture, "JPEG", exif=exif))
+    assert not images._is_plain(encode(picture, "JPEG", icc_profile=b"\0" * 100))
+    assert images.decode(encode(picture, "MPO", save_all=True, append_images=[second])).format == "MPO"
+
+
 def test_what_the_fast_decoder_refuses_goes_the_slow_way(gradient: np.ndarray) -> None:
     for mode in ("CMYK", "L"):
         data = encode(Image.fromarray(gradient).convert(mode), "JPEG")

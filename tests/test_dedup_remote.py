@@ -2,6 +2,7 @@
 
 import io
 import os
+import socket
 import sys
 import tarfile
 import threading
@@ -162,6 +163,14 @@ def test_a_server_that_breaks_off(web: Server, tmp_path: Path, monkeypatch: pyte
     assert 0 < part.stat().st_size < len(SHARDS["00001.tar"])
     check(fetch(f"{web.address}/data/00001.tar", tmp_path, retries=0), "00001.tar")
     assert not part.exists()
+
+
+def test_a_server_that_never_answers(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/0.tar"
+        with pytest.raises(SourceError, match=r"cannot be fetched \(SocketTimeoutError") as caught:
+            sources.fetch(Path(address), Layout(), Transfer(cache=tmp_path / "cache", timeout=0.5, retries=0))
+    assert "\n" not in str(caught.value)
 
 
 def test_what_changed_is_fetched_again(web: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

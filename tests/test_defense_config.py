@@ -42,6 +42,13 @@ def test_a_config_says_what_it_is_for(name):
         ("accumulation = 3", "batch_size = 16 is no multiple of accumulation = 3"),
         ("loras = ['a.safetensors']", "loras would have no effect: there is no base to fine-tune"),
         ("base = 'a/b'\nchannels = [32, 64]", "channels would have no effect: the model is that of base"),
+        ("base = 'a/b'\nmodel = 'tiny'", "model would have no effect: the model is that of base"),
+        (
+            "model = 'tiny-uncond'\ntext_width = 32",
+            "text_width would have no effect: tiny-uncond has no base, no captions",
+        ),
+        ("model = 'tiny-uncond'\nlora_rank = 4", "lora_rank would have no effect: tiny-uncond has no base"),
+        ("model = 'large'", "model = 'large' is out of range: choose one of tiny, tiny-uncond"),
         ("base = 'a/b'\nloras = [1]", r"loras = \[1\] must be a list of strings"),
         ("base = 'a/b'\nlora_targets = []", r"lora_targets = \(\) is out of range"),
         ("base = 'a/b'\nlora_rank = -1", "lora_rank = -1 is out of range"),

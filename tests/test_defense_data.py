@@ -244,6 +244,16 @@ def test_order_and_noise_depend_on_seed_and_step_only():
     assert data.draw_rows(100, 5, 7, 11).tolist() != data.draw_rows(100, 5, 8, 11).tolist()
 
 
+def test_weights_expose_as_those_of_dcr_do():
+    """Somepalli et al. 2023 weigh a twentieth of the images 5 times and draw as many as there are: 4.17 and 0.833."""
+    weights = np.where(np.arange(400) < 20, 5.0, 1.0)
+    packed = (weights * 400 / weights.sum()).tobytes()
+    drawn = np.concatenate([data.draw_rows(400, 40, 3, step, packed) for step in range(2_000)])  # 200 passes
+    seen = np.bincount(drawn, minlength=400) / 200
+    assert seen[:20].mean() == pytest.approx(4.17, abs=0.02)
+    assert seen[20:].mean() == pytest.approx(0.833, abs=0.002)
+
+
 def test_exposures_add_up_and_list_what_was_left_out(out):
     rows = manifest.read(out).with_columns(held_out=pl.col("id") == 3)
     spare = data.read_spare(source(out)).with_columns(id=pl.lit(None, pl.Int64), cluster_id=pl.lit(None, pl.Int64))

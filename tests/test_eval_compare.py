@@ -17,7 +17,7 @@ from eval import report, stats
 from eval.compare import COMPARISON, CompareError, compare
 from eval.extraction import SCORES, attack
 from eval.targets import load_pixels, load_targets
-from eval.verdict import VerdictError, judge, judge_primary, match_arms
+from eval.verdict import judge
 
 LEVELS = (0, 1, 2, 5)
 
@@ -68,7 +68,7 @@ def copies(pair, tmp_path):
 def audit(pair, tmp_path_factory):
     """What the pair gives, to be read only."""
     folder = tmp_path_factory.mktemp("audit")
-    compare(*pair, folder)
+    compare(pair, folder)
     return folder
 
 
@@ -88,29 +88,44 @@ def test_the_table_has_a_row_for_every_target_and_arm(pair, audit):
 
 
 def test_the_primary_outcome_counts_repeated_canaries(verdict):
+    """Difference at m ≥ 2 is 5/8; below it raw gives back 1 of 8, refill 1 of 8: nothing to correct for."""
     primary = verdict["primary"]
     assert primary["contrast"] == "raw - refill"
     assert primary["counts"] == {"both": 2, "only_a": 5, "only_b": 0, "neither": 1}
-    expected = stats.risk_difference(5, 0, 8)
-    assert primary["estimate"] == 5 / 8
-    assert primary["interval"] == [pytest.approx(expected.low, rel=1e-5), pytest.approx(expected.high, rel=1e-5)]
-    assert primary["p_value"] == primary["randomisation"]["p_value"] == 0.0625
-    assert (primary["n_clusters"], primary["seeds"], primary["level"], primary["declared"]) == (8, [0], 0.95, True)
-    assert verdict["label"] == "describes these checkpoints"
-    assert verdict["arms"] == ["raw", "refill"]
-    (seed,) = verdict["per_seed"]
-    assert (seed["estimate"], seed["interval"]) == (primary["estimate"], primary["interval"])
-    assert seed["runs"] == ["raw-0", "refill-0"]
-
-
-def test_the_assignment_test_asks_whether_multiplicity_matters(verdict):
-    assignment = verdict["primary"]["assignment"]
-    assert assignment["estimate"] == pytest.approx(5 / 8 - (1 - 1) / 8)
+    assert primary["estimate"] == pytest.approx(5 / 8)
     d = np.array([[1]] * 5 + [[0]] * 3 + [[1], [-1]] + [[0]] * 6)
     same = stats.assignment_test(d, np.arange(16)[:, None] < 8)
-    assert assignment["p_value"] == pytest.approx(same.p_value, abs=0.02)
-    low, high = assignment["interval"]
+    assert primary["p_value"] == pytest.approx(same.p_value, abs=0.02)
+    low, high = primary["interval"]
     assert low < 5 / 8 < high
+    assert primary["scope"] == "the assignment of multiplicities to images, in these training runs"
+    assert verdict["label"] == f"describes {primary['scope']}"
+    assert (primary["n_clusters"], primary["seeds"], primary["level"], primary["declared"]) == (8, [0], 0.95, True)
+    assert verdict["arms"] == ["raw", "refill"]
+
+
+def test_intervals_of_these_checkpoints_are_labelled_so(verdict):
+    primary = verdict["primary"]
+    expected = stats.risk_difference(5, 0, 8)
+    found = primary["checkpoints"]
+    assert "these checkpoints" in found["scope"]
+    for effect in (found["pairs"], primary["per_seed"][0], verdict["per_seed"][0]):
+        assert effect["estimate"] == 5 / 8
+        assert effect["interval"] == [pytest.approx(expected.low, rel=1e-5), pytest.approx(expected.high, rel=1e-5)]
+        assert effect["p_value"] == 0.0625
+    assert found["sign_changes"]["p_value"] == 0.0625
+    low, high = found["bootstrap"]["interval"]
+    assert low < 5 / 8 < high
+    assert "percentile" in found["bootstrap"]["method"]  # five pairs that differ are too few for BCa
+    assert "one seed" in primary["over_seeds"]["reason"]
+    assert verdict["per_seed"][0]["runs"] == ["raw-0", "refill-0"]
+
+
+def test_what_the_arms_differ_in_at_fewer_copies_is_taken_off(verdict):
+    """`plain` is the difference of the shares; the estimate also asks what it was below."""
+    assert verdict["primary"]["plain"]["estimate"] == 5 / 8
+    single = verdict["primary"]["singletons"]
+    assert (single["estimate"], single["more_in_second"]) == (0.25, False)
 
 
 def test_rates_by_multiplicity_and_mode(verdict):
@@ -141,7 +156,7 @@ def test_controls_and_wrong_matches_of_each_arm(verdict):
 
 
 def test_everything_else_is_exploratory_and_adjusted(verdict):
-    exploratory = verdict["exploratory"]
+    (exploratory,) = verdict["exploratory"]
     results = {result["outcome"]: result for result in exploratory["outcomes"]}
     assert results["single images"]["estimate"] == 1 / 4
     assert results["clique and medoid (direct)"]["estimate"] == 5 / 8
@@ -160,7 +175,8 @@ def test_dose_power_delta_and_settings_are_told(pair, audit, verdict):
     assert verdict["power"]["smallest_drop"] == pytest.approx(stats.smallest_drop(8), rel=1e-4)
     assert verdict["delta"]["n"] == 16
     assert verdict["delta"]["min"] <= verdict["delta"]["median"] <= verdict["delta"]["max"] == 0.15
-    settings = {"n": 4, "guidance_scale": 3.0, "steps": 20, "prompts": 16, "nan": {"raw": 0, "refill": 0}}
+    settings = {"n": 4, "guidance_scale": 3.0, "steps": 20, "guard": "none", "prompts": 16}
+    settings |= {"nan": {"raw": 0, "refill": 0}}
     assert verdict["generations"] == settings
     content = (pair[0] / "calibration.json").read_bytes()
     assert (audit / "calibration.json").read_bytes() == content
@@ -168,8 +184,8 @@ def test_dose_power_delta_and_settings_are_told(pair, audit, verdict):
 
 
 def test_raw_comes_first_and_the_bytes_are_the_same(pair, audit, verdict, tmp_path):
-    assert compare(*reversed(pair), tmp_path / "b") == verdict
-    assert compare([pair[0]], [pair[1]], tmp_path / "c") == verdict
+    assert compare(list(reversed(pair)), tmp_path / "b") == verdict
+    assert compare([pair[0], pair[1]], tmp_path / "c") == verdict
     for name in ("verdict.json", "comparison.parquet", "calibration.json"):
         first, *others = ((folder / name).read_bytes() for folder in (audit, tmp_path / "b", tmp_path / "c"))
         assert others == [first, first]
@@ -200,31 +216,39 @@ def two_seeds(outs, tmp_path_factory):
     return runs
 
 
-def test_seeds_may_have_multiplicities_of_their_own(two_seeds, outs, tmp_path):
+def test_seeds_may_have_multiplicities_of_their_own(two_seeds, tmp_path):
     """Differences 4/8 and 2/8: their mean, Student's t with one degree of freedom, clipped to what is possible."""
-    verdict = compare(two_seeds["raw"], list(reversed(two_seeds["refill"])), tmp_path)
+    verdict = compare(two_seeds["raw"] + two_seeds["refill"][::-1], tmp_path)
     primary = verdict["primary"]
-    assert primary["estimate"] == 3 / 8
-    assert primary["interval"] == [-1, 1]
-    assert primary["p_value"] == pytest.approx(stats.t_interval([0.5, 0.25]).p_value, rel=1e-5)
-    assert primary["seeds"] == [0, 1]
-    assert "t(1) over seeds" in primary["method"]
-    assert primary["n_pairs"] == 16
-    assert verdict["label"] == "describes the training procedure, from 2 seeds"
+    assert primary["estimate"] == pytest.approx(3 / 8)
+    assert "16 units" in primary["method"]
+    assert primary["interval"][0] > 0
+    over = primary["over_seeds"]
+    assert over["interval"] == [-1, 1]
+    assert over["p_value"] == pytest.approx(stats.t_interval([0.5, 0.25]).p_value, rel=1e-5)
+    assert "t(1) over seeds" in over["method"]
+    assert (primary["seeds"], primary["n_pairs"], primary["signs_agree"]) == ([0, 1], 16, True)
     assert [seed["estimate"] for seed in verdict["per_seed"]] == [0.5, 0.25]
     assert len({seed["out_sha256"] for seed in verdict["per_seed"]}) == 2
     assert verdict["calibration_sha256"] is not None  # the pictures are the same
     rows = pl.read_parquet(tmp_path / "comparison.parquet")
     assert len(rows) == 64
-    assert primary["assignment"]["estimate"] == pytest.approx(3 / 8)
-    assert "16 units" in primary["assignment"]["method"]
     both = rows.filter(arm="raw").pivot("seed", index="target_id", values="multiplicity")
     assert (both["0"] != both["1"]).any()
 
 
+def test_a_run_that_failed_may_be_missing_and_is_named(two_seeds, tmp_path):
+    failed = [{"arm": "refill", "seed": 1, "error": "DivergedError: loss nan"}]
+    verdict = compare([*two_seeds["raw"], two_seeds["refill"][0]], tmp_path, failed=failed)
+    assert verdict["failed"] == failed
+    assert verdict["primary"]["seeds"] == [0]
+    assert verdict["control"]["raw"]["prompts"] == 8  # of both seeds
+    assert "failed" in report.write_report(tmp_path).read_text()
+
+
 def test_runs_of_one_seed_are_put_side_by_side(two_seeds, tmp_path):
-    again = compare(list(reversed(two_seeds["refill"])), two_seeds["raw"], tmp_path / "a")
-    assert again == compare(two_seeds["raw"], two_seeds["refill"], tmp_path / "b")
+    again = compare(two_seeds["refill"][::-1] + two_seeds["raw"], tmp_path / "a")
+    assert again == compare(two_seeds["raw"] + two_seeds["refill"], tmp_path / "b")
 
 
 # Refusals
@@ -243,24 +267,24 @@ def spoil_table(run: Path, name: str, **changes: pl.Expr) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"out_sha256": "other"}, r"differ in dataset .*train both on one dedup run"),
-        ({"seed": 7}, r"differ in training seed \(0 / 7\)"),
+        ({"out_sha256": "other"}, r"differ in dataset .*train them on one dedup run"),
+        ({"seed": 7}, r"no run of arm 'raw' with seed 7"),
         ({"steps": 99}, r"differ in config key steps \(10 / 99\)"),
         ({"resolution": 64}, r"differ in config key resolution \(32 / 64\)"),
         ({"initial_weights_sha256": "x"}, "differ in initial weights"),
-        ({"arm": "raw"}, "both of arm 'raw'"),
+        ({"arm": "raw"}, "both of arm 'raw', seed 0"),
     ],
 )
 def test_runs_that_differ_in_more_than_the_arm_are_refused(copies, tmp_path, changes, message):
     spoil_config(copies[1], **changes)
     with pytest.raises(CompareError, match=message):
-        compare(*copies, tmp_path / "audit")
+        compare(copies, tmp_path / "audit")
     assert not (tmp_path / "audit").exists()
 
 
 def test_settings_of_the_machine_do_not_matter(copies, tmp_path):
     spoil_config(copies[1], threads=8)
-    compare(*copies, tmp_path / "audit")
+    compare(copies, tmp_path / "audit")
 
 
 @pytest.mark.parametrize(
@@ -277,14 +301,14 @@ def test_settings_of_the_machine_do_not_matter(copies, tmp_path):
 def test_generations_that_differ_are_refused(copies, tmp_path, changes, message):
     spoil_table(copies[1], "generations.parquet", **changes)
     with pytest.raises(CompareError, match=message):
-        compare(*copies, tmp_path / "audit")
+        compare(copies, tmp_path / "audit")
 
 
 def test_thresholds_that_differ_are_refused(copies, tmp_path):
     path = copies[1] / "calibration.json"
     manifest.write_json(path, manifest.read_json(path) | {"delta_edge": 0.2})
     with pytest.raises(CompareError, match=r"differ in calibration\.json"):
-        compare(*copies, tmp_path / "audit")
+        compare(copies, tmp_path / "audit")
 
 
 @pytest.mark.parametrize(
@@ -294,16 +318,17 @@ def test_thresholds_that_differ_are_refused(copies, tmp_path):
 def test_what_is_missing_is_named_with_the_command_that_makes_it(copies, tmp_path, name, verb):
     (copies[0] / name).unlink()
     with pytest.raises(ValueError, match=f"run `unmemorize {verb}"):
-        compare(*copies, tmp_path / "audit")
+        compare(copies, tmp_path / "audit")
 
 
-def test_lists_that_do_not_pair_up_are_refused(pair, two_seeds, tmp_path):
-    with pytest.raises(CompareError, match="2 runs against 1"):
-        compare(two_seeds["raw"], [pair[1]], tmp_path)
-    with pytest.raises(CompareError, match="comes twice"):
-        compare([pair[0]] * 2, [pair[1]] * 2, tmp_path)
-    with pytest.raises(CompareError, match="not of one arm"):
-        compare([pair[0], two_seeds["refill"][1]], two_seeds["refill"], tmp_path)
+def test_arms_and_seeds_that_do_not_make_a_table_are_refused(pair, two_seeds, tmp_path):
+    with pytest.raises(CompareError, match="no run of arm 'refill' with seed 1"):
+        compare([*two_seeds["raw"], pair[1]], tmp_path)
+    with pytest.raises(CompareError, match=r"both of arm 'raw', seed 0"):
+        compare([pair[0], *pair], tmp_path)
+    with pytest.raises(CompareError, match="no runs"):
+        compare([], tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 # Data that were not planted
@@ -318,11 +343,12 @@ def test_own_data_are_compared_by_what_their_clusters_represent(tmp_path):
     for arm, number in (("raw", len(repeated)), ("dedup", 0)):
         given = dict.fromkeys(repeated["target_id"][:number], 3)
         runs.append(make_attacked(tmp_path / arm, out, arm, 0, given, held_out=0.3))
-    verdict = compare(*runs, tmp_path / "audit")
+    verdict = compare(runs, tmp_path / "audit")
     primary = verdict["primary"]
     assert (primary["contrast"], primary["estimate"], primary["n_clusters"]) == ("raw - dedup", 1, len(repeated))
     assert primary["declared"]
-    assert primary["assignment"]["p_value"] is None
+    assert "nothing was planted" in primary["assignment"]["reason"]
+    assert "these checkpoints" in verdict["label"]
     cells = [(c["multiplicity"], c["to"]) for c in verdict["per_multiplicity"] if c["arm"] == "raw"]
     assert (3, 4) in cells or (5, 9) in cells
     assert sum(c["n"] for c in verdict["per_multiplicity"] if c["arm"] == "raw") == len(targets)
@@ -356,88 +382,113 @@ def tabulate(y: dict[str, np.ndarray], m: np.ndarray, seeds: int = 1, mode: str 
     ).select(pl.col(c).cast(t) for c, t in COMPARISON.items())
 
 
-def judge_simply(rows: pl.DataFrame, arms: tuple[str, str] = ("raw", "refill")) -> dict:
+def judge_simply(rows: pl.DataFrame, **options: object) -> dict:
     sources = [{"seed": seed, "calibration_sha256": "c"} for seed in sorted(rows["seed"].unique())]
     calibration = {"delta_edge": 0.2, "literature": []}
-    return judge(rows, list(arms), sources, calibration=calibration, generations={"n": 16})
+    return judge(rows, sources, calibration=calibration, generations={"n": 16}, **options)
 
 
 M = np.repeat([0, 1, 2, 4, 8, 16, 32, 64], 6)
 
 
-def simulate(rng: np.random.Generator, seeds: int, effect: float, between: float) -> dict:
-    """Extraction rises with m in both arms; runs differ by `between` logits; refill is `effect` logits lower."""
-    slope = np.log2(np.maximum(M, 1))[:, None] - 3
-    raw, refill = (
-        rng.random((len(M), seeds)) < 1 / (1 + np.exp(-(slope + shift + between * rng.normal(size=(1, seeds)))))
-        for shift in (0, -effect)
-    )
-    matched = match_arms(tabulate({"raw": raw, "refill": refill}, M, seeds), ["raw", "refill"])
-    return judge_primary(matched, ["raw", "refill"], list(range(seeds)))
-
-
-@pytest.mark.parametrize("seeds", [1, 3])
-def test_without_an_effect_the_primary_interval_holds_zero(seeds):
-    """One seed: runs do not differ, or the interval would speak of more than these checkpoints."""
-    rng = np.random.default_rng(seeds)
-    between = 0.0 if seeds == 1 else 0.5
-    verdicts = [simulate(rng, seeds, 0.0, between) for _ in range(60)]
-    held = np.mean([v["interval"][0] <= 0 <= v["interval"][1] for v in verdicts])
-    assert held >= 0.9
-    assert np.mean([v["p_value"] <= 0.05 for v in verdicts]) <= 0.1
-
-
-def test_a_large_effect_is_seen():
-    for seeds in (1, 3):
-        primary = simulate(np.random.default_rng(0), seeds, 4.0, 0.3)
-        assert primary["interval"][0] > 0
-        assert primary["p_value"] < 0.05
-        assert primary["randomisation"]["p_value"] < 0.01
-
-
-def test_seeds_that_agree_by_chance_do_not_make_the_interval_a_point():
-    y = np.tile((np.arange(48) % 4 == 0)[:, None], (1, 2))
-    rows = tabulate({"raw": y, "refill": np.zeros_like(y)}, M, 2)
-    primary = judge_simply(rows)["primary"]
-    pooled = stats.risk_difference(primary["counts"]["only_a"], 0, primary["n_pairs"])
-    assert primary["interval"] == [pytest.approx(pooled.low, rel=1e-5), pytest.approx(pooled.high, rel=1e-5)]
-    assert primary["p_value"] == pytest.approx(pooled.p_value, rel=1e-5)
-
-
 def test_an_undeclared_contrast_is_called_exploratory():
     y = np.zeros((48, 1), bool)
-    verdict = judge_simply(tabulate({"raw": y, "dedup": y}, M), ("raw", "dedup"))
+    verdict = judge_simply(tabulate({"raw": y, "dedup": y}, M))
     assert not verdict["primary"]["declared"]
     assert "exploratory" in verdict["label"]
-    plain = judge_simply(tabulate({"raw": y, "dedup": y}, M, mode=None), ("raw", "dedup"))
+    plain = judge_simply(tabulate({"raw": y, "dedup": y}, M, mode=None))
     assert plain["primary"]["declared"]
-    assert plain["label"] == "describes these checkpoints"
+    assert plain["label"] == "describes these checkpoints, not others trained the same way"
+    chosen = judge_simply(tabulate({"raw": y, "dedup": y}, M), declared=["dedup"])
+    assert chosen["primary"]["declared"]
+
+
+def test_what_was_changed_after_looking_makes_everything_exploratory():
+    y = np.zeros((48, 1), bool)
+    verdict = judge_simply(tabulate({"raw": y, "refill": y}, M), changed=["at_least"], at_least=4)
+    assert not verdict["primary"]["declared"]
+    assert "exploratory: at_least changed after the declaration" in verdict["label"]
+    assert verdict["primary"]["n_clusters"] == 30
+    assert verdict["changed"] == ["at_least"]
+
+
+def test_of_own_data_two_contrasts_are_declared_and_adjusted_for_each_other():
+    raw, some, few = (np.arange(48)[:, None] % n == 0 for n in (1, 2, 3))
+    rows = tabulate({"raw": raw, "dedup-exposure": some, "random-drop": raw, "dedup": few}, M, mode=None)
+    rows = rows.with_columns(training_rows=pl.when(arm="dedup-exposure").then(30).otherwise(100))
+    verdict = judge_simply(rows)
+    declared = [verdict["primary"], *verdict["co_primary"]]
+    assert [found["contrast"] for found in declared] == ["raw - dedup-exposure", "raw - dedup"]
+    assert [found["p_value_holm"] for found in declared] == pytest.approx(
+        stats.holm([found["p_value"] for found in declared]), rel=1e-5
+    )
+    (other,) = verdict["contrasts"]
+    assert (other["contrast"], other["declared"], other["p_value_holm"]) == ("raw - random-drop", False, 1)
+    assert "30% of the rows" in declared[0]["warning"]
+    assert declared[1]["warning"] is None
+
+
+def test_better_detection_is_asked_for_what_it_buys():
+    hit = np.arange(48)[:, None] < 48
+    rows = tabulate({"raw": hit, "hash": np.arange(48)[:, None] % 2 == 0, "refill": ~hit, "oracle": ~hit}, M)
+    copies = pl.when(arm="hash").then(9).when(arm="refill").then(2).otherwise(1)
+    verdict = judge_simply(rows.with_columns(copies=copies))
+    detection = verdict["detection"]
+    assert [level["arm"] for level in detection["levels"]] == ["hash", "refill", "oracle"]
+    assert [level["copies_left"] for level in detection["levels"]] == [9, 2, 1]
+    assert [level["k"] for level in detection["levels"]] == [18, 0, 0]
+    assert [found["contrast"] for found in detection["contrasts"]] == ["hash - refill", "refill - oracle"]
+    assert verdict["missed"]["refill"]["missed"]["n"] == 36
+    assert verdict["missed"]["oracle"]["found"]["n"] == 36
+    assert judge_simply(tabulate({"raw": hit, "refill": ~hit}, M))["detection"] is None
+
+
+def test_single_images_that_come_back_more_often_are_said():
+    y = np.zeros((48, 1), bool)
+    verdict = judge_simply(tabulate({"raw": y, "refill": (M == 1)[:, None]}, M))
+    assert verdict["primary"]["singletons"]["more_in_second"]
+    assert verdict["primary"]["singletons"]["estimate"] == -1
 
 
 def test_arms_that_never_extract_leave_an_honest_verdict():
     y = np.zeros((48, 1), bool)
     verdict = judge_simply(tabulate({"raw": y, "refill": y}, M))
+    assert verdict["primary"]["interval"] == verdict["primary"]["checkpoints"]["pairs"]["interval"]
     low, high = verdict["primary"]["interval"]
     assert low == -high
     assert 0.05 < high < 0.15
     assert verdict["primary"]["p_value"] == 1
-    assert verdict["primary"]["randomisation"]["interval"] == [None, None]
     assert verdict["dose_response"]["raw"]["all"]["ed50"] is None
     assert "none of 42" in verdict["dose_response"]["raw"]["all"]["reason"]
+
+
+def test_images_that_all_differ_equally_do_not_make_the_interval_a_point():
+    y = (M >= 2)[:, None]
+    primary = judge_simply(tabulate({"raw": y, "refill": ~y & (M > 99)[:, None]}, M))["primary"]
+    assert primary["estimate"] == 1
+    expected = stats.risk_difference(36, 0, 36)
+    assert primary["interval"] == [pytest.approx(expected.low, rel=1e-5), 1]
+    assert "not narrower" in primary["method"]
 
 
 def test_canaries_that_differ_between_seeds_have_no_assignment_test():
     y = np.zeros((48, 2), bool)
     rows = tabulate({"raw": y, "refill": y}, M, 2).filter(~((pl.col("seed") == 1) & (pl.col("target_id") == "t9")))
-    assignment = judge_simply(rows)["primary"]["assignment"]
-    assert assignment["p_value"] is None
-    assert "same canaries" in assignment["reason"]
+    primary = judge_simply(rows)["primary"]
+    assert "same canaries" in primary["assignment"]["reason"]
+    assert "t(1) over seeds" in primary["method"]
 
 
-def test_without_repeated_targets_there_is_nothing_to_compare():
+def test_without_repeated_targets_or_a_second_arm_there_is_nothing_to_compare():
     y = np.zeros((12, 1), bool)
-    with pytest.raises(VerdictError, match="twice or more"):
-        judge_simply(tabulate({"raw": y, "refill": y}, np.repeat([0, 1], 6)))
+    verdict = judge_simply(tabulate({"raw": y, "refill": y}, np.repeat([0, 1], 6)))
+    assert verdict["primary"] is None
+    assert "twice" not in verdict["label"]
+    assert "nothing to compare" in verdict["label"]
+    alone = judge_simply(tabulate({"raw": ~y}, np.repeat([2, 4], 6)))
+    assert alone["primary"] is None
+    assert "one arm, raw" in alone["label"]
+    assert alone["dose_response"]["raw"]["all"]["reason"] is not None
 
 
 def test_controls_that_do_not_exist_are_not_zero():
@@ -467,7 +518,7 @@ def test_from_pictures_to_the_verdict_with_real_models(outs, tmp_path):
         train(outs[0], run.name, config, run, 0)
         generate(run, n=4, steps=2)
         attack(run)
-    verdict = compare(*runs, tmp_path / "audit")
+    verdict = compare(runs, tmp_path / "audit")
     assert verdict["primary"]["estimate"] == 0
     assert verdict["primary"]["counts"]["neither"] == 8
     assert verdict["control"]["raw"]["hits"] == 0

@@ -20,7 +20,8 @@ from defense.conditions import embed_captions
 from defense.sampling import make_generators
 from eval import detectors
 from eval.cli import app
-from eval.detectors import DETECTIONS, DETECTORS, Denoiser, DetectError, detect, score_prompts
+from eval.denoiser import NOISIEST, PREDICTIONS, Denoiser, DenoiserError
+from eval.detectors import DETECTIONS, DETECTORS, DetectError, detect, score_prompts
 from eval.metrics import auc
 from eval.prompts import PROMPTS, list_prompts
 from eval.targets import load_pixels, read_plant
@@ -59,14 +60,15 @@ def test_predictions_become_noise_as_diffusers_does_it(prediction_type):
         expected = (x - alpha.sqrt() * clean) / (1 - alpha).sqrt()
         unet = lambda *a, **k: (out,)  # noqa: E731
         denoiser = Denoiser(unet, scheduler.alphas_cumprod, prediction_type)
-        noise = denoiser.predict(x[None], timestep, torch.zeros(1, 3, 2))
-        torch.testing.assert_close(noise, expected.flatten(1)[None], rtol=1e-3, atol=1e-3)
+        noise = denoiser.predict(x, timestep, {})
+        torch.testing.assert_close(noise, expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(denoiser.add_noise(clean, noise, timestep), x, rtol=1e-3, atol=1e-3)
 
 
 def test_what_a_model_predicts_does_not_change_its_scores():
     """One and the same denoiser, asked for noise, for v and for the image."""
     for name in DETECTORS:
-        kinds = [score(memorising(kind), CAPTIONS[10:14], SEEDS[10:14], name) for kind in detectors.PREDICTIONS]
+        kinds = [score(memorising(kind), CAPTIONS[10:14], SEEDS[10:14], name) for kind in PREDICTIONS]
         if name == "noise-magnitude":  # schedules differ: without v there is no zero terminal SNR
             assert np.corrcoef(kinds[0], kinds[1])[0, 1] > 0.99
         np.testing.assert_allclose(kinds[0], kinds[2], rtol=1e-3)
@@ -79,7 +81,7 @@ def test_the_first_step_is_that_of_stable_diffusion():
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True
     ).alphas_cumprod
     step = Denoiser(None, zero, "v_prediction").noisiest
-    assert zero[step] >= detectors.NOISIEST > zero[step + 1]
+    assert zero[step] >= NOISIEST > zero[step + 1]
     assert 800 < step < 999
 
 
@@ -87,7 +89,7 @@ def test_magnitude_and_one_step_equal_their_formulas(small):
     """Written out for one prompt and two noises, with the U-Net called by hand; the small model predicts v."""
     prompt, seeds = "a red thing", [3, 4]
     unet, alphas = small.unet, small.scheduler.alphas_cumprod
-    timestep = int((alphas >= detectors.NOISIEST).nonzero().max())
+    timestep = int((alphas >= NOISIEST).nonzero().max())
     side = unet.config.sample_size
     alpha, norms, steps = alphas[timestep], [], []
     empty, context = embed_captions(small, [prompt]).tokens.split(1)
@@ -273,7 +275,9 @@ def test_what_cannot_be_asked_is_refused_in_one_line(run, small):
 def test_other_pipelines_are_refused_in_one_line(small):
     parts = {name: getattr(small, name) for name in ("unet", "text_encoder", "tokenizer", "scheduler")}
     wide = SimpleNamespace(config=SimpleNamespace(**{**small.unet.config, "in_channels": 9}))
-    large = SimpleNamespace(config=SimpleNamespace(**{**small.unet.config, "addition_embed_type": "text_time"}))
+    large = SimpleNamespace(
+        config=SimpleNamespace(**{**small.unet.config, "addition_embed_type": "text_time"}), device="cpu"
+    )
     flow = SimpleNamespace(config=SimpleNamespace(prediction_type="flow_prediction"), alphas_cumprod=torch.ones(3))
     for change, message in [
         ({"unet": None, "transformer": "a transformer"}, "no U-Net"),
@@ -283,6 +287,6 @@ def test_other_pipelines_are_refused_in_one_line(small):
         ({"scheduler": SimpleNamespace(config=SimpleNamespace(prediction_type="epsilon"))}, "discrete noise schedule"),
         ({"scheduler": flow}, "predicts 'flow_prediction'"),
     ]:
-        with pytest.raises(DetectError, match=message) as caught:
+        with pytest.raises(DenoiserError, match=message) as caught:
             score_prompts(SimpleNamespace(**{**parts, **change}), ["a"], [[1]], ["one-step"])
         assert "\n" not in str(caught.value)

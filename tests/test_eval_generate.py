@@ -13,16 +13,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_defense_data import build_small
 from test_defense_model import save_base
-from test_eval_targets import make_planted, make_run
+from test_eval_targets import make_planted, make_run, paint, write_png
 
 from dedup import manifest
+from dedup.options import Options
+from dedup.pipeline import deduplicate
 from defense import sampling
 from defense.config import TrainConfig
 from defense.model import load_pipeline, save_changed
 from defense.train import build_pipeline
 from eval import generate as generate_
 from eval.generate import GENERATIONS, GenerateError, derive_seed, generate, read_config
-from eval.targets import load_targets
+from eval.targets import TargetError, load_targets
 
 SMALL = {"n": 3, "steps": 2, "guidance_scale": 2.0}
 
@@ -208,10 +210,26 @@ def test_what_cannot_be_sampled_is_refused(out, run, tmp_path):
         generate(run, **SMALL)
 
 
+def test_a_guarded_model_answers_the_same_prompts_and_seeds_under_its_own_digest(out, run, finished, tmp_path):
+    usual = read(finished)
+    guarded = generate(run, guards=["random-tokens", "copy=0"], **SMALL)
+    shared = ["prompt_id", "prompt", "seed"]
+    assert guarded.select(shared).equals(usual.select(shared))
+    assert set(guarded["guard"]) == {"random-tokens=2+copy=0"}
+    assert set(guarded["digest"]).isdisjoint(usual["digest"])
+    log = pl.read_parquet(run / "guards.parquet")
+    assert set(log["prompt_id"]) == set(guarded["prompt_id"])
+    assert log["copy"].sum() == len(guarded.filter(status="refused"))
+    generate(run, guards=["copy=0", "random-tokens=2"], **SMALL)  # nothing is drawn again
+    generate(run, **SMALL)
+    assert not (run / "guards.parquet").exists()
+    assert contents(run).items() >= contents(finished).items()
+
+
 @given(st.text(), st.text())
 def test_names_of_files_hold_no_untrusted_text(target_id, prompt):
-    assert re.fullmatch("[0-9a-f]{16}", generate_._name(target_id, prompt))
-    assert generate_._name(target_id, prompt) != generate_._name(target_id + prompt, "x")
+    assert re.fullmatch("[0-9a-f]{16}", generate_.name_prompt(target_id, prompt, [0]))
+    assert generate_.name_prompt(target_id, prompt, [0]) != generate_.name_prompt(target_id + prompt, "x", [0])
 
 
 def test_a_lora_run_and_a_model_without_captions_can_be_sampled(out, tmp_path):
@@ -233,3 +251,39 @@ def test_a_lora_run_and_a_model_without_captions_can_be_sampled(out, tmp_path):
     assert unprompted["prompt_id"].equals(table["prompt_id"])
     with pytest.raises(ValueError, match="takes no prompts"):
         generate(runs["ddpm"], n=2, steps=1, guidance_scale=2.0)
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    """A picture that stands three times under three captions, one twice under one caption, and single ones."""
+    folder = tmp_path_factory.mktemp("captioned")
+    for number, captions in enumerate([["a", "b", "c"], ["d", "d"], ["e"], ["f"]]):
+        for copy, caption in enumerate(captions):
+            write_png(folder / "src" / f"{number}-{copy}.png", paint(number))
+            (folder / "src" / f"{number}-{copy}.txt").write_text(caption)
+    deduplicate(folder / "src", folder / "out", Options(), jobs=1)
+    return folder / "out"
+
+
+def test_all_captions_of_a_cluster_get_an_equal_share(captioned, models, tmp_path):
+    run = new_run(tmp_path, captioned, models[0])
+    table = generate(run, n=6, steps=1)
+    shares = table.group_by("prompt_id", "prompt", "caption_kind").len()
+    assert sorted(shares.filter(pl.col("prompt").is_in(["a", "b", "c"]))["len"]) == [2, 2, 2]
+    assert sorted(shares.filter(pl.col("prompt").is_in(["d", "e", "f"]))["len"]) == [6, 6, 6]
+    assert shares.filter(caption_kind="dropped")["prompt"].sort().to_list() == ["b", "c"]
+    for (target,), rows in table.group_by("prompt_id"):
+        assert sorted(rows["seed"]) == sorted(derive_seed(target, j) for j in range(6))
+    assert len(contents(run)) == len(table)
+
+
+def test_captions_by_kind(captioned, models, tmp_path):
+    run = new_run(tmp_path, captioned, models[0])
+    assert set(generate(run, n=2, steps=1, captions="survivor")["prompt"]) == {"a", "d", "e", "f"}
+    dropped = generate(run, n=2, steps=1, captions="dropped")
+    assert set(dropped["prompt"]) == {"b", "c"}
+    nothing = generate(run, n=2, steps=1, captions="null")
+    assert set(nothing["prompt"]) == {""}
+    assert set(nothing["caption_kind"]) == {"null"}
+    with pytest.raises(TargetError, match="unknown kind of captions"):
+        generate(run, captions="loud", **SMALL)

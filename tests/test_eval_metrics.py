@@ -243,6 +243,26 @@ def test_every_usual_metric_misses_what_stands_many_times():
     }
 
 
+def test_authentic_is_what_others_call_it():
+    """AuthPct as dgm-eval counts it (0 … 100) and as fld does (less 50), written out pair by pair."""
+    rng = np.random.default_rng(11)
+    rows, made = rng.random((40, 2)), rng.random((60, 2))
+    made[:15] = rows[:15] + 1e-3
+    to_rows = np.linalg.norm(made[:, None] - rows, axis=-1)
+    between = np.linalg.norm(rows[:, None] - rows, axis=-1)
+    authentic = 0
+    for generation in range(60):
+        nearest = min(range(40), key=lambda row: to_rows[generation, row])
+        next_row = min(between[nearest, row] for row in range(40) if row != nearest)
+        authentic += to_rows[generation, nearest] > next_row
+    dgm_eval = 100 * (1 - metrics.is_copied(to_rows, between).mean())
+    assert dgm_eval == pytest.approx(100 * authentic / 60)
+    assert dgm_eval - 50 < 0  # fld: below 0 is overfitted
+    assert metrics.is_copied(to_rows, between)[:15].all()
+    unrelated = np.linalg.norm(rng.random((2_000, 2))[:, None] - rows, axis=-1)
+    assert 100 * (1 - metrics.is_copied(unrelated, between).mean()) == pytest.approx(50, abs=20)
+
+
 def test_no_metric_accuses_unrelated_pictures():
     rng = np.random.default_rng(8)
     rows, made = smooth_noise(200, rng), smooth_noise(50, rng)

@@ -11,6 +11,7 @@ from scipy import optimize, special, stats
 
 from eval.stats import (
     assignment_test,
+    bootstrap_clusters,
     clopper_pearson,
     dose_response,
     holm,
@@ -313,6 +314,27 @@ def brute_power(n: int, only_a: float, only_b: float) -> float:
                 p = [only_a, only_b, 1 - only_a - only_b]
                 total += stats.multinomial.pmf([b, c, n - b - c], n, p)
     return total
+
+
+def test_seeds_that_agree_by_chance_do_not_make_the_interval_a_point():
+    assert t_interval([0.5, 0.5]).low == 0.5
+    rounded = t_interval([0.5, 0.5], resolution=1 / 36)
+    half = stats.t.ppf(0.975, 1) / 36 / math.sqrt(12) / math.sqrt(2)
+    assert (rounded.low, rounded.high) == (pytest.approx(0.5 - half), pytest.approx(0.5 + half))
+    assert t_interval([0.2, 0.6], resolution=1 / 36) == t_interval([0.2, 0.6])
+
+
+def test_bootstrap_draws_clusters_and_keeps_their_seeds_together():
+    rng = np.random.default_rng(0)
+    d = rng.integers(-1, 2, (40, 1)).repeat(3, axis=1)  # every seed says the same: three seeds are no more than one
+    one, three = bootstrap_clusters(d[:, :1]), bootstrap_clusters(d)
+    assert (one.low, one.high) == (three.low, three.high)
+    assert one.low < d.mean() < one.high
+    half = 1.96 * d[:, 0].std() / math.sqrt(40)
+    assert (one.high - one.low) / 2 == pytest.approx(half, rel=0.1)
+    assert "BCa" in one.method
+    assert "percentile" in bootstrap_clusters(np.eye(8)[:, :3]).method
+    assert math.isnan(bootstrap_clusters(np.zeros((5, 2))).p_value)
 
 
 @pytest.mark.parametrize(("n", "only_a", "only_b"), [(20, 0.4, 0.05), (24, 0.3, 0.0), (15, 0.2, 0.2), (5, 0.9, 0.1)])

@@ -7,7 +7,7 @@ rows, dest)` what one file, or one folder, of the source becomes. They know noth
 images pass untouched, and their digest is compared with the manifest's on the way.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import polars as pl
 from dedup import sources
 from dedup.hashing import digest
 from dedup.manifest import write_atomic
-from dedup.sources import Shard, SourceError
+from dedup.sources import Record, Shard, SourceError
 
 CHANGES = ("caption", "captions", "weight")
 
@@ -76,8 +76,8 @@ def check_free(where: object, names: list[str], rows: pl.DataFrame) -> list[str]
     return added
 
 
-def read_taken(shard: Shard, rows: pl.DataFrame) -> Iterator[tuple[Mapping[str, Any], bytes]]:
-    """Row and bytes of all that is exported of a shard. rows: all of the shard, in order. Raises SourceError."""
+def read_taken(shard: Shard, rows: pl.DataFrame) -> Iterator[tuple[dict[str, Any], Record]]:
+    """Row and record of all that is exported of a shard. rows: all of it, in order. Raises SourceError."""
     expected = rows.iter_rows(named=True)
     where = Path(shard.root) / (shard.name or "")
     try:
@@ -87,7 +87,7 @@ def read_taken(shard: Shard, rows: pl.DataFrame) -> Iterator[tuple[Mapping[str, 
                 raise SourceError(f"{where}: has changed since it was deduplicated: run `unmemorize dedup` again")
             if row["take"]:
                 check_bytes(record.data or b"", row["sha256"], f"{where}: {record.key}")
-                yield row, record.data or b""
+                yield row, record
     except SourceError:
         rest = list(expected)
         if len(rest) != 1 or rest[0]["status"] == "ok":  # damage that the manifest knows is its last row

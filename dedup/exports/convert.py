@@ -1,15 +1,16 @@
 """Any source → webdataset, parquet, Hugging Face or imagefolder. The bytes of images pass untouched.
 
 One file of output for each shard of the source that has rows to give, in order; an `imagefolder` has one file an image
-and one `metadata.jsonl`. Of each row go along: key, caption, source, width, height, sha256, and `captions` and
-`weight` where they are asked for. Other columns of the source stay behind. Names of samples are their keys without the
+and one `metadata.jsonl`. Of each row go along: key, caption, source, width, height, sha256, `captions` and `weight`
+where they are asked for, and what else the source says of it (`more`). Names of samples are their keys without the
 suffix of the image; where these would not be different or safe names, all samples are named by the number of their
 row.
 """
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,10 @@ import polars as pl
 
 from dedup.exports import place, read_taken, write_file
 from dedup.exports.folders import is_image, link_file
+from dedup.exports.more import JSON, Column
+from dedup.exports.more import read as read_more
 from dedup.exports.tars import make_member, write_archive
-from dedup.manifest import decode_name, write_atomic, write_json
+from dedup.manifest import decode_name, write_json
 from dedup.sources import Shard, find_root
 from dedup.sources.webdataset import BUFFER
 
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-HELD = 1 << 26  # bytes of images in memory before they are written
+HELD = 1 << 22  # bytes of images in memory before they are written, as one row group: more costs twice the time
 NAME = 200  # bytes of a part of a name, at most: file systems take 255 bytes
 SUFFIXES = {
     "JPEG": "jpg",
@@ -35,9 +38,11 @@ SUFFIXES = {
     "TIFF": "tif",
     "DICOM": "dcm",
 }  # other formats are named as they are
+LINES = ".metadata"  # folder in an imagefolder that is on its way
 META = ["key", "caption", "source", "width", "height", "sha256", "captions", "weight"]
 
 type Taken = Iterable[tuple[Mapping[str, Any], bytes]]
+type Columns = Sequence[Column]
 
 
 def name_samples(rows: pl.DataFrame) -> pl.DataFrame:
@@ -60,18 +65,32 @@ def _strip(key: str) -> str:
     return stem.replace(".", "_").replace("\\", "_")
 
 
-def describe(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in META if name in row}
+def describe(row: Mapping[str, Any], more: Columns) -> dict[str, Any]:
+    return {name: row[name] for name in META if name in row} | {column.name: row[column.name] for column in more}
 
 
-def write_webdataset(src: Path, shard: Shard, rows: pl.DataFrame, dest: Path, number: int, total: int) -> None:
+def _read(src: Path, shard: Shard, rows: pl.DataFrame, more: Columns) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Row, with the values of other columns, and bytes of all that is taken."""
+    others = read_more(src, shard, rows, more) if more and shard.kind != "webdataset" else None
+    for row, record in read_taken(shard, rows):
+        if others is not None:
+            row |= next(others)
+        elif more:
+            said = record.json and record.json.decode("utf-8", "replace")
+            row |= {column.name: said if column.source == JSON else None for column in more}
+        yield row, record.data or b""
+
+
+def write_webdataset(
+    src: Path, shard: Shard, rows: pl.DataFrame, dest: Path, more: Columns, number: int, total: int
+) -> None:
     """NAME.jpg, NAME.txt and NAME.json of each sample."""
 
     def read() -> Iterator[bytes]:
-        for row, data in read_taken(shard, rows):
+        for row, data in _read(src, shard, rows, more):
             yield make_member(f"{row['name']}.{row['suffix']}", data)
             yield make_member(f"{row['name']}.txt", (row["text"] or "").encode())
-            yield make_member(f"{row['name']}.json", json.dumps(describe(row), ensure_ascii=False).encode())
+            yield make_member(f"{row['name']}.json", _say(describe(row, more)).encode())
 
     def write(temporary: Path) -> None:
         with temporary.open("wb", BUFFER) as out:
@@ -80,44 +99,65 @@ def write_webdataset(src: Path, shard: Shard, rows: pl.DataFrame, dest: Path, nu
     write_file(dest / f"{number:05d}.tar", write)
 
 
-def list_features(rows: pl.DataFrame) -> "datasets.Features":
+def _say(described: dict[str, Any]) -> str:
+    """What JSON has no word for, such as a date, becomes text. Of a `json` that is an object, its fields."""
+    try:
+        inside = json.loads(described.get(JSON) or "null")
+    except (ValueError, RecursionError, TypeError):
+        inside = None
+    if isinstance(inside, dict):
+        described = {**inside, **{name: value for name, value in described.items() if name != JSON}}
+    return json.dumps(described, ensure_ascii=False, default=str)
+
+
+def list_features(rows: pl.DataFrame, more: Columns) -> "datasets.Features":
     import datasets
 
     kinds = {"width": datasets.Value("int32"), "height": datasets.Value("int32"), "weight": datasets.Value("float64")}
     kinds |= {"captions": datasets.List(datasets.Value("string"))}
     names = [name for name in META if name in rows.columns]
-    return datasets.Features({"image": datasets.Image()} | {n: kinds.get(n, datasets.Value("string")) for n in names})
+    features = {"image": datasets.Image()} | {name: kinds.get(name, datasets.Value("string")) for name in names}
+    return datasets.Features(features | {column.name: column.feature or datasets.Value("string") for column in more})
 
 
-def _read_batches(taken: Taken, schema: "pa.Schema") -> Iterator["pa.RecordBatch"]:
+def _read_batches(taken: Taken, schema: "pa.Schema", more: Columns) -> Iterator["pa.RecordBatch"]:
     """Pieces of at least HELD bytes of images."""
     import pyarrow as pa
 
-    held: list[dict[str, Any]] = []
+    rest = pa.schema([field for field in schema if field.name != "image"])
+
+    def pack() -> pa.RecordBatch:  # bytes go from Python to arrow once: as values of dicts it would be twice
+        cells = pa.StructArray.from_arrays([pa.array(images, pa.binary()), pa.array(paths)], ["bytes", "path"])
+        others = pa.RecordBatch.from_pylist(held, rest)
+        return pa.RecordBatch.from_arrays([cells, *others.columns], schema=schema)
+
+    held, images, paths = list[dict[str, Any]](), list[bytes](), list[str]()
     size = 0
     for row, data in taken:
-        held.append(
-            {"image": {"bytes": data, "path": f"{row['name'].rpartition('/')[2]}.{row['suffix']}"}, **describe(row)}
-        )
+        images.append(data)
+        paths.append(f"{row['name'].rpartition('/')[2]}.{row['suffix']}")
+        held.append(describe(row, more))
         size += len(data)
         if size >= HELD:
-            yield pa.RecordBatch.from_pylist(held, schema)
-            held, size = [], 0
+            yield pack()
+            held, images, paths, size = [], [], [], 0
     if held:
-        yield pa.RecordBatch.from_pylist(held, schema)
+        yield pack()
 
 
-def write_parquet(src: Path, shard: Shard, rows: pl.DataFrame, dest: Path, number: int, total: int) -> None:
+def write_parquet(
+    src: Path, shard: Shard, rows: pl.DataFrame, dest: Path, more: Columns, number: int, total: int
+) -> None:
     """Columns as `datasets` writes them, with its note of their types. Images are not compressed a second time."""
     from pyarrow.parquet import ParquetWriter
 
-    schema = list_features(rows).arrow_schema
+    schema = list_features(rows, more).arrow_schema
     texts = [name for name in schema.names if name != "image"]
 
     def write(temporary: Path) -> None:
         codecs = {"image.bytes": "NONE", "image.path": "SNAPPY"} | dict.fromkeys(texts, "SNAPPY")
         with ParquetWriter(temporary, schema, compression=codecs, use_dictionary=texts) as writer:
-            for batch in _read_batches(read_taken(shard, rows), schema):
+            for batch in _read_batches(_read(src, shard, rows, more), schema, more):
                 writer.write_batch(batch)
 
     write_file(dest / f"{number:05d}.parquet", write)
@@ -127,54 +167,79 @@ def _name_arrow(number: int, total: int) -> str:
     return f"data-{number:05d}-of-{total:05d}.arrow"
 
 
-def write_huggingface(src: Path, shard: Shard, rows: pl.DataFrame, dest: Path, number: int, total: int) -> None:
+def write_huggingface(
+    src: Path, shard: Shard, rows: pl.DataFrame, dest: Path, more: Columns, number: int, total: int
+) -> None:
     """An arrow stream, as `save_to_disk` leaves it."""
     import pyarrow as pa
 
-    schema = list_features(rows).arrow_schema
+    schema = list_features(rows, more).arrow_schema
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as out, pa.ipc.new_stream(out, schema) as writer:
-            for batch in _read_batches(read_taken(shard, rows), schema):
+            for batch in _read_batches(_read(src, shard, rows, more), schema, more):
                 writer.write_batch(batch)
 
     write_file(dest / _name_arrow(number, total), write)
 
 
-def finish_huggingface(src: Path, rows: pl.DataFrame, dest: Path, total: int) -> None:
+def finish_huggingface(src: Path, rows: pl.DataFrame, dest: Path, more: Columns, total: int) -> None:
     """What `load_from_disk` reads first."""
     import datasets
 
     from dedup.hashing import digest
 
-    datasets.DatasetInfo(features=list_features(rows)).write_to_directory(str(dest))
+    datasets.DatasetInfo(features=list_features(rows, more)).write_to_directory(str(dest))
     mark = digest("".join(rows.filter("take")["sha256"]).encode())[:16]
     state: dict[str, Any] = {"_data_files": [{"filename": _name_arrow(number, total)} for number in range(total)]}
     state |= {"_fingerprint": mark, "_format_columns": None, "_format_kwargs": {}, "_format_type": None}
     write_json(dest / "state.json", state | {"_output_all_columns": False, "_split": None})
 
 
-def write_imagefolder(src: Path, shard: Shard, rows: pl.DataFrame, dest: Path, number: int, total: int) -> None:
-    """A file an image: a hard link where it is a file already."""
-    if shard.kind in ("folder", "table"):
-        root = find_root(src)
-        for row in rows.filter("take").iter_rows(named=True):
-            source = root / os.fsdecode(decode_name(row["shard"] or row["key"]))
-            link_file(source, place(dest, f"{row['name']}.{row['suffix']}"), row["sha256"])
-        return
-    for named, data in read_taken(shard, rows):
-        _write_bytes(place(dest, f"{named['name']}.{named['suffix']}"), data)
+def write_imagefolder(
+    src: Path, shard: Shard, rows: pl.DataFrame, dest: Path, more: Columns, number: int, total: int
+) -> None:
+    """A file an image: a hard link where it is a file already. Their lines of the metadata wait for `finish`."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8") as out:
+            for row in place_images():
+                name = f"{row['name']}.{row['suffix']}"
+                told = {"file_name": name, "text": row["text"], **describe(row, more)}
+                del told["caption"]
+                out.write(json.dumps(told, ensure_ascii=False, default=str) + "\n")
+
+    def place_images() -> Iterator[dict[str, Any]]:
+        if shard.kind in ("folder", "table"):
+            root = find_root(src)
+            others = read_more(src, shard, rows, more) if more else None
+            for row in rows.filter("take").iter_rows(named=True):
+                source = root / os.fsdecode(decode_name(row["shard"] or row["key"]))
+                link_file(source, place(dest, f"{row['name']}.{row['suffix']}"), row["sha256"])
+                yield row | (next(others) if others else {})
+            return
+        for row, data in _read(src, shard, rows, more):
+            _write_bytes(place(dest, f"{row['name']}.{row['suffix']}"), data)
+            yield row
+
+    write_file(dest / LINES / f"{number:05d}.jsonl", write)
 
 
 def _write_bytes(path: Path, data: bytes) -> None:
     write_file(path, lambda temporary: temporary.write_bytes(data))
 
 
-def finish_imagefolder(src: Path, rows: pl.DataFrame, dest: Path, total: int) -> None:
+def finish_imagefolder(src: Path, rows: pl.DataFrame, dest: Path, more: Columns, total: int) -> None:
     """The caption stands in `text`, where `imagefolder` and trainers look for it."""
-    names = [name for name in META if name in rows.columns and name != "caption"]
-    taken = rows.filter("take").select(pl.format("{}.{}", "name", "suffix").alias("file_name"), "text", *names)
-    write_atomic(dest / "metadata.jsonl", taken.write_ndjson)
+
+    def join(temporary: Path) -> None:
+        with temporary.open("wb") as out:
+            for number in range(total):
+                with (dest / LINES / f"{number:05d}.jsonl").open("rb") as lines:
+                    shutil.copyfileobj(lines, out)
+
+    write_file(dest / "metadata.jsonl", join)
+    shutil.rmtree(dest / LINES, ignore_errors=True)
 
 
 WRITE = {

@@ -63,6 +63,7 @@ class Transfer:
     retries: int = 1  # after the first time
     threads: int = 64  # addresses that are asked for at once
     private: bool = False  # addresses of a list may lead into this machine or its network
+    streaming: bool = False  # of hf://org/name: only the splits that are read, and one copy of them, in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,7 @@ class Record:
     file: str | None = None  # encoded path relative to root, when the bytes lie in neither the shard nor the file `key`
     status: str = "missing"
     subject: str | None = None  # as it is written: no file of a run may hold it
+    json: bytes | None = None  # of a sample of a tar shard, as it stands there
 
 
 def find_root(src: Path) -> Path:
@@ -131,16 +133,27 @@ def fetch(src: Path, layout: Layout, transfer: Transfer = Transfer()) -> tuple[P
     What `datasets` must load lies in its cache afterwards, remote shards in ours, and what a list of addresses names in
     `transfer.download`.
     """
-    from dedup.sources import huggingface, remote, urls
+    from dedup.sources import hub, huggingface, remote, urls
 
+    if transfer.streaming and not is_hub(src):
+        raise SourceError(f"{src}: --streaming is of hf://org/name; this is none")
     if remote.is_remote(src):
         src = remote.fetch(src, transfer)
+    if transfer.streaming:
+        return hub.stream(src, layout, transfer)
     if is_hub(src) or (layout.format == "huggingface" and not huggingface.is_saved(src)):
-        return huggingface.load(src, layout)
+        return hub.load(src, layout)
     src = src.resolve()
     if urls.is_list(src, layout):
         return urls.download(src, layout, transfer)
     return src, layout
+
+
+def find_cache(transfer: Transfer) -> Path:
+    """The folder for what is fetched."""
+    if transfer.cache is not None:
+        return transfer.cache.resolve()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unmemorize"
 
 
 def list_shards(src: Path, layout: Layout = Layout()) -> list[Shard]:
@@ -206,13 +219,19 @@ def tell_origin(src: Path) -> str:
 
 @contextmanager
 def hold(lock: Path, what: str) -> Iterator[None]:
-    """Nobody else in the meantime: raises SourceError while another process holds it. It goes with the process."""
-    with lock.open("w") as handle:
+    """Nobody else in the meantime: raises SourceError while another process holds it. It goes with the process.
+
+    lock: a file, which is made, or a folder that is there.
+    """
+    handle = os.open(lock, os.O_RDONLY if lock.is_dir() else os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise SourceError(f"{what} is in use by another run: wait for it") from error
         yield
+    finally:
+        os.close(handle)
 
 
 def _list_files_and_tars(src: Path, kind: str | None) -> list[Shard]:

@@ -1,4 +1,4 @@
-"""Datasets of Hugging Face's `datasets`: a `save_to_disk` folder, or what it has loaded into its cache.
+"""Datasets of Hugging Face's `datasets`: a `save_to_disk` folder, or what it has loaded into its cache (`hub`).
 
 Both are arrow streams in splits. The images in them are read as they lie there, undecoded, so a broken one is a row and
 no exception. A shard is a run of record batches; the key of a row is what `--id-column` says, else its number in the
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dedup.manifest import encode_name
-from dedup.sources import HUB, Layout, Record, Shard, SourceError, columns, digest_stamps, open_regular, stamp_file
+from dedup.sources import Layout, Record, Shard, SourceError, columns, digest_stamps, open_regular, stamp_file
 from dedup.sources.folder import find_file
 from dedup.sources.parquet import group_rows
 
@@ -32,25 +32,6 @@ INFO, STATE, SPLITS = "dataset_info.json", "state.json", "dataset_dict.json"
 def is_saved(src: Path) -> bool:
     """Whether `datasets` wrote this folder: by `save_to_disk`, or as its cache."""
     return (src / SPLITS).is_file() or (src / STATE).is_file() or ((src / INFO).is_file() and bool(_list_cache(src)))
-
-
-def load(src: Path, layout: Layout) -> tuple[Path, Layout]:
-    """Let `datasets` load `hf://org/name[/config]`, or a folder: its cache, and where paths in it may lead."""
-    import datasets
-
-    hub = src.parts[1:] if src.parts[:1] == (HUB,) else ()
-    name, config = ("/".join(hub[:2]), "/".join(hub[2:]) or None) if hub else (str(src.resolve()), None)
-    shown = f"hf://{'/'.join(hub)}" if hub else name
-    if not hub and not src.is_dir():
-        raise SourceError(f"{src}: no such folder, and no hf://org/name")
-    try:
-        builder = datasets.load_dataset_builder(name, config)
-        builder.download_and_prepare()
-    except Exception as error:  # of the hub, of the network, of every format that it reads
-        reason = str(error).partition("\n")[0]
-        raise SourceError(f"{shown}: `datasets` cannot load it ({type(error).__name__}: {reason})") from error
-    root = layout.root or (str(datasets.config.HF_CACHE_HOME) if hub else name)
-    return Path(builder.cache_dir).resolve(), replace(layout, format="huggingface", root=root)
 
 
 def list_shards(src: Path, layout: Layout) -> list[Shard]:

@@ -23,7 +23,7 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from dedup.manifest import read_json, write_json
-from dedup.sources import HUB, WILDCARDS, SourceError, Transfer, hold, parquet, table, webdataset
+from dedup.sources import HUB, WILDCARDS, SourceError, Transfer, find_cache, hold, parquet, table, webdataset
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -73,7 +73,7 @@ def fetch(src: Path, transfer: Transfer) -> Path:
         names = _list(system, base, pattern)
     if not names:
         raise SourceError(f"{shown}: nothing there that ends in {', '.join(SUFFIXES)}")
-    folder = _find_cache(transfer) / hashlib.sha256(shown.encode()).hexdigest()[:16] / _name(base)
+    folder = find_cache(transfer) / hashlib.sha256(shown.encode()).hexdigest()[:16] / _name(base)
     if bad := [name for name in names if {"", ".", ".."} & set(name.split("/")) or "\0" in name]:
         raise SourceError(f"{shown}: names a file {bad[0]!r}, which would lie outside of {folder}")
     tars = [name for name in names if webdataset.is_tar(name)]
@@ -124,12 +124,6 @@ def _name(base: str) -> str:
     """What results are named by: the folder, or the server."""
     parts = urlsplit(base)
     return parts.path.rstrip("/").rpartition("/")[2] or parts.hostname or "files"
-
-
-def _find_cache(transfer: Transfer) -> Path:
-    if transfer.cache is not None:
-        return transfer.cache.resolve()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unmemorize"
 
 
 def _open_system(address: str, shown: str, transfer: Transfer) -> "AbstractFileSystem":

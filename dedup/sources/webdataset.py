@@ -131,7 +131,9 @@ def _read_sample(key: bytes, sample: Sequence[tuple[str, Member]]) -> Iterator[R
     without_image = True
     for extension, member in sample:
         if "." + extension.rpartition(".")[2] in SUFFIXES:
-            yield Record(text, member.offset, member.size, member.data, caption, member.problem)
+            record = Record(text, member.offset, member.size, member.data, caption, member.problem)
+            record.json = texts.get(".json")
+            yield record
             without_image = False
         elif member.problem:
             yield Record(text, member.offset, member.size, None, caption, f"{extension}: {member.problem}")

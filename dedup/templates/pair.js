@@ -46,6 +46,7 @@ function percent(share) {
 function drawTag(row) {
   const [label, tone] = {
     keeper: ["kept", "kept"], removed: ["removed", ""], "also-kept": [`${TURNS[row.orientation] || "copy"} · kept`, "also-kept"],
+    trained: ["training image", "kept"], generated: ["generated", ""],
     "look-alike": [row.class === "same-scene" ? "same scene · kept" : "kept", "also-kept"],
   }[row.role];
   return element("span", `tag ${tone}`, label);

@@ -1,0 +1,144 @@
+"""Scores of an attack in the terms of Carlini et al. 2023: what came back, of how many, and how often by chance.
+
+In: a table of scores, one row a target. Out: JSON values; every rate with its denominator, its interval, and that of
+the controls beside it. Knows nothing of models or files.
+"""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import polars as pl
+from scipy import stats
+
+from eval import metrics
+from eval.replication import summarise_similarity
+from eval.stats import Effect
+
+# Stable Diffusion 1.4, sec. 4.2: captions of the most duplicated images, 500 generations each; found by ℓ2, and with
+# the near-copies that were found by eye.
+LITERATURE = {"prompts": 350_000, "generations": 175_000_000, "direct": 94, "with_near": 109}
+DRAWS = 9_999
+
+
+def summarise_scores(scores: pl.DataFrame, level: float = 0.95) -> dict[str, Any]:
+    """Scores of one attack on one run → counts and rates of members and controls.
+
+    direct: all of the rule of the attack. near: extracted otherwise. The unit of the rate per generation is the prompt.
+    What cannot match (`matches` is null: a target without a template) is in no denominator: no control is, then.
+    """
+    asked = scores.filter(pl.col("matches").is_not_null())
+    groups = {name: asked.filter(prompt_kind=kind) for name, kind in (("members", "member"), ("controls", "control"))}
+    summary: dict[str, Any] = {name: _count(rows, level) for name, rows in groups.items()}
+    extracted = [int(groups[name]["extracted"].sum()) for name in groups]
+    sizes = [len(rows) for rows in groups.values()]
+    difference = rate_difference(extracted[0], sizes[0], extracted[1], sizes[1], level)
+    kinds = sorted(scores["caption_kind"].unique().drop_nulls())
+    by_kind = {kind: _count(groups["members"].filter(caption_kind=kind), level) for kind in kinds}
+    summary |= {"difference": None if difference is None else _plain(asdict(difference)), "by_caption_kind": by_kind}
+    if "similarity" in scores.columns:
+        summary["similarity"] = {name: _summarise(rows) for name, rows in groups.items()}
+    return summary | {"cannot_match": len(scores) - len(asked), "literature": LITERATURE}
+
+
+def _count(rows: pl.DataFrame, level: float) -> dict[str, Any]:
+    made = (rows["n_generations"] - rows["n_nan"]).to_numpy()
+    found = {"prompts": len(rows), "generations": int(made.sum()), "nan": int(rows["n_nan"].sum())}
+    extracted = int(rows["extracted"].sum())
+    if "direct" in rows.columns:
+        direct = int(rows["direct"].sum())
+        found |= {"direct": direct, "near": int((rows["extracted"] & ~rows["direct"]).sum())}
+    found["extracted"] = extracted
+    if not len(rows):
+        return found
+    matches = rows["matches"].to_numpy()
+    per_prompt = _plain(asdict(metrics.rate(extracted, len(rows), level)))
+    return found | {"per_prompt": per_prompt, "per_generation": _rate_generations(matches, made, level)}
+
+
+def _rate_generations(matches: np.ndarray, made: np.ndarray, level: float) -> dict[str, Any]:
+    """Share of all generations that match, with an interval over prompts: those of one prompt are not independent.
+
+    Bootstrap (BCa); where no prompt or every one has a match, the bound that so many prompts allow.
+    """
+    found = {"count": int(matches.sum()), "n": int(made.sum()), "level": level}
+    estimate = found["count"] / max(1, found["n"])
+    share = matches / np.maximum(made, 1)
+    if len(share) < 3 or share.min() == share.max():
+        bound = metrics.rate(int((matches > 0).sum()), len(matches), level)
+        low, high, method = min(bound.low, estimate), max(bound.high, estimate), f"of prompts, {bound.method}"
+    else:
+        interval = stats.bootstrap(
+            (matches, made),
+            lambda m, n, axis: m.sum(axis=axis) / np.maximum(n.sum(axis=axis), 1),
+            paired=True,
+            confidence_level=level,
+            n_resamples=DRAWS,
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+        low, high, method = float(interval.low), float(interval.high), "bootstrap of prompts (BCa)"
+    return found | _plain({"estimate": estimate, "low": low, "high": high, "method": method})
+
+
+def rate_difference(a: int, n_a: int, b: int, n_b: int, level: float = 0.95) -> Effect | None:
+    """a of n_a minus b of n_b, independent: hybrid score interval (Newcombe 1998, method 10), exact test of Fisher.
+
+    None where one of them has no cases.
+    """
+    if not (n_a and n_b):
+        return None
+    from eval.stats import wilson
+
+    first, second = wilson(a, n_a, level), wilson(b, n_b, level)
+    gap = a / n_a - b / n_b
+    low = gap - math.hypot(first.estimate - first.low, second.high - second.estimate)
+    high = gap + math.hypot(first.high - first.estimate, second.estimate - second.low)
+    p = float(stats.fisher_exact([[a, n_a - a], [b, n_b - b]]).pvalue)
+    return Effect(gap, low, high, level, n_a + n_b, p, "Newcombe's method 10, Fisher's exact test")
+
+
+def _summarise(rows: pl.DataFrame) -> dict[str, float] | None:
+    values = rows["similarity"].explode().drop_nulls().to_numpy()
+    return _plain(summarise_similarity(values)) if len(values) else None
+
+
+def _plain(value: Any) -> Any:
+    """Six digits; None for what is not finite."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return (float(f"{value:.6g}") if math.isfinite(value) else None) if isinstance(value, float) else value
+
+
+def describe_scores(summary: dict[str, Any], name: str) -> str:
+    """The summary as lines for a terminal."""
+    lines = [f"{name:<20} {'training images':<28} controls (never trained on)"]
+    members, controls = summary["members"], summary["controls"]
+    for label, key in (("prompts", "prompts"), ("generations", "generations"), ("direct", "direct"), ("near", "near")):
+        if key in members:
+            lines.append(f"{label:<20} {members[key]:<28,} {controls[key]:,}")
+    lines.append(f"{'extracted':<20} {members['extracted']:<28,} {controls['extracted']:,}")
+    for label, key in (("per prompt", "per_prompt"), ("per generation", "per_generation")):
+        cells = [_describe_rate(group.get(key)) for group in (members, controls)]
+        lines.append(f"{label:<20} {cells[0]:<28} {cells[1]}")
+    if summary["difference"] is None:
+        lines.append("no controls: how often this attack is wrong is not known; train with held_out, or plant canaries")
+    else:
+        gap = summary["difference"]
+        interval = f"({gap['low']:+.1%} … {gap['high']:+.1%}, 95 %)"
+        lines.append(f"{'difference':<20} {gap['estimate']:+.1%} {interval}, p = {gap['p_value']:.2g}")
+    if summary["cannot_match"]:
+        lines.append(f"{summary['cannot_match']} targets have nothing that could match; they are not counted")
+    for group, figures in summary.get("similarity", {}).items():
+        if figures is not None:
+            lines.append(f"similarity, {group:<8} " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+    known = LITERATURE
+    lines.append(
+        f"Carlini et al. 2023, Stable Diffusion 1.4: {known['direct']} direct, {known['with_near']} with near ones, of "
+        f"{known['prompts']:,} prompts and {known['generations']:,} generations"
+    )
+    return "\n".join(lines)
+
+
+def _describe_rate(rate: dict[str, Any] | None) -> str:
+    return "-" if rate is None else f"{rate['estimate']:.2%} ({rate['low']:.2%} … {rate['high']:.2%})"

@@ -1,0 +1,164 @@
+"""eval.budget: a prompt stops when it is decided in every run, and what was missed is known."""
+
+import itertools
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_eval_controls import make_pipeline
+from test_eval_targets import RESOLUTION, make_planted, make_run
+
+from dedup import manifest
+from eval import generate as generate_
+from eval.budget import BudgetError, Rule, choose, describe, draw_check, generate_within, list_rounds, run_rounds
+from eval.extraction import attack
+from eval.generate import generate
+from eval.targets import load_pixels
+
+OPTIONS = {"n": 8, "guidance_scale": 1.0, "steps": 4}
+NOTHING = {"extracted": False, "direct": False, "best_distance": 0.5, "delta": 0.1}
+
+
+@given(st.integers(1, 1000))
+def test_rounds_double_and_end_at_n(n):
+    rounds = list_rounds(n)
+    assert rounds[0] == 1
+    assert rounds[-1] == n
+    assert all(a < b <= 2 * a for a, b in itertools.pairwise(rounds))
+
+
+def test_prompts_far_above_the_usual_are_chosen_whatever_the_scale():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(10, 1, 200)
+    scores[:5] += 20
+    other = rng.normal(0, 1, 200)
+    other[7] = np.nan
+    for factor in (1, 1e-3, 1e4):
+        chosen = choose([scores * factor, other * factor], 6.0)
+        assert np.flatnonzero(chosen).tolist() == [0, 1, 2, 3, 4, 7]
+    assert choose([np.ones(4)], 3.0).all()  # a detector that says nothing prunes nothing
+
+
+def test_a_prompt_stops_only_when_it_is_decided_in_every_run():
+    """Run 0 gives a prompt back at image 3; run 1 never, but comes near: both go on to the end."""
+    asked = []
+
+    def look(target, images):
+        asked.append((target, images))
+        if target == "none":
+            return [NOTHING, NOTHING]
+        hit = NOTHING | {"extracted": images >= 3, "best_distance": 0.05 if images >= 3 else 0.15}
+        near = NOTHING | {"best_distance": 0.15}
+        return [hit, near if target == "near" else hit]
+
+    drawn = run_rounds(Rule(first=4, near=2.0), ["both", "near", "none"], 16, look)
+    assert drawn == {"both": 4, "near": 16, "none": 4}
+    assert asked.count(("both", 8)) == 0
+
+
+@given(st.lists(st.text(min_size=1), unique=True, max_size=30), st.floats(0, 1))
+def test_the_check_is_a_fixed_part(names, share):
+    chosen = draw_check(names, share)
+    assert len(chosen) == int(np.ceil(share * len(names)))
+    assert set(chosen) == set(draw_check(names[::-1], share))
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return make_planted(tmp_path_factory.mktemp("budget"), levels=(0, 1, 2, 5), canaries=8, edited=0.0)
+
+
+@pytest.fixture
+def runs(out, tmp_path, monkeypatch):
+    """One model is the dataset of OUT, the other the half of it: positive and negative control."""
+    rows = manifest.read(out)
+    plant = pl.read_parquet(out / "plant.parquet")
+    often = rows["key"].is_in(plant.filter(pl.col("multiplicity") >= 2)["key"].to_list())
+    models = {}
+    for arm, some in (("raw", rows), ("refill", rows.filter(~often))):
+        run = make_run(tmp_path, out, arm)
+        (run / "model").mkdir()
+        (run / "model" / "weights").write_text(arm)
+        models[run / "model"] = make_pipeline(load_pixels(out, some, RESOLUTION), some["caption"].to_list())
+    monkeypatch.setattr("defense.model.load_pipeline", lambda folder, **_: models[folder])
+    return [folder.parent for folder in models]
+
+
+def test_as_many_extractions_as_the_full_schedule_from_fewer_images(runs):
+    rule = Rule(detector=None, first=2, check=0.5)
+    about = generate_within(runs, rule, **OPTIONS)
+    tables = [pl.read_parquet(run / "generations.parquet") for run in runs]
+    assert tables[0].select("prompt_id", "seed").equals(tables[1].select("prompt_id", "seed"))
+    scores = [attack(run) for run in runs]
+    for run, found, told in zip(runs, scores, about["arms"], strict=True):
+        assert told["extracted"] == found["extracted"].sum()
+        generate(run, **OPTIONS)
+        assert attack(run)["extracted"].equals(found["extracted"])
+    assert [told["extracted"] for told in about["arms"]] == [6, 2]
+    assert [told["missed"] for told in about["arms"]] == [0, 0]
+    assert about["images"] < 8 * len(scores[0])
+    assert "6 extracted" in describe(about)
+
+
+def test_what_was_pruned_is_a_row_and_what_was_missed_is_said(runs, monkeypatch):
+    """A detector that flags nothing: every prompt is pruned, and the check finds what was lost."""
+    monkeypatch.setattr("eval.budget.detect", lambda arm, rule: np.arange(arm.asked["target_id"].n_unique()) % 3 / 9)
+    about = generate_within(runs, Rule(spread=99.0, check=0.25), **OPTIONS)
+    assert (about["images"], about["given_up"], about["checked"]) == (0, 8, 2)
+    assert about["evaluations"]["check"] == 2 * 8 * 4
+    missed = about["arms"][0]["missed_in_all"]
+    assert missed["low"] <= missed["estimate"] <= missed["high"] <= 8
+    table = pl.read_parquet(runs[0] / "generations.parquet")
+    assert dict(table.schema) == generate_.GENERATIONS
+    assert (table["status"] == "pruned").sum() == 6
+    scores = attack(runs[0])
+    assert len(scores) == 8
+    assert sorted(scores["n_generations"].to_list()) == [0] * 6 + [8] * 2
+    assert scores["n_nan"].sum() == 0
+    assert about["arms"][0]["missed"] == scores["extracted"].sum()
+
+
+def test_an_interrupted_schedule_goes_on(runs, monkeypatch):
+    rule = Rule(detector=None, first=2, check=0.0)
+    about = generate_within(runs, rule, **OPTIONS)
+    before = (runs[0] / "generations.parquet").read_bytes()
+    files = {path: path.stat().st_mtime_ns for path in runs[0].rglob("*.png")}
+    next(path for path in sorted(runs[0].rglob("generations/*/*.parquet"))).unlink()
+    (runs[0] / "generations.parquet").unlink()
+    assert generate_within(runs, rule, **OPTIONS) == about
+    assert (runs[0] / "generations.parquet").read_bytes() == before
+    again = {path: path.stat().st_mtime_ns for path in runs[0].rglob("*.png")}
+    assert files.keys() == again.keys()
+    assert sum(files[path] != again[path] for path in files) <= 4
+
+
+def test_evaluations_are_counted_as_the_denoiser_is_asked(runs):
+    from defense.model import load_pipeline
+
+    asked = []
+    for run in runs[:1]:
+        hook = load_pipeline(run / "model").unet.register_forward_hook(lambda _, x, out: asked.append(len(x[0])))
+    about = generate_within(runs[:1], Rule(noises=2, check=0.0), **OPTIONS)
+    hook.remove()
+    assert sum(asked) == about["evaluations"]["detector"] + about["evaluations"]["images"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Rule(detector="tarot"), "unknown detector 'tarot'"),
+        (Rule(until="tea"), "not by 'tea'"),
+        (Rule(first=0), "at least 1"),
+    ],
+)
+def test_rules_that_make_no_sense_are_refused(runs, rule, message):
+    with pytest.raises(BudgetError, match=message):
+        generate_within(runs, rule, **OPTIONS)
+
+
+def test_an_n_below_the_table_is_refused_before_anything_is_drawn(runs):
+    with pytest.raises(ValueError, match="3 generations a prompt; a clique needs 4 or more"):
+        generate_within(runs, Rule(detector=None), **OPTIONS | {"n": 3})
+    assert not list(runs[0].rglob("*.png"))
