@@ -6,8 +6,8 @@ Planted drawings for every seed: canaries at multiplicities 0, 8 and 32 among si
 under twenty phrasings of its caption. All methods train the arm raw with equal seeds and steps, so that what differs is
 the method alone; `deduplicate` trains the arm dedup, as a yardstick. Every model draws 16 images for the original
 caption of every canary and control (attack: clique). Its quality is the loss on images that stand once, and on images
-that nobody trained on. Every result is a file in DIR/results, and the same command goes on after a kill. Prints the table of docs/benchmarks.md of
-the results there are.
+that nobody trained on. Every result is a file in DIR/results, and the same command goes on after a kill. Prints the
+table of docs/benchmarks.md of the results there are.
 """
 
 import time
@@ -142,9 +142,7 @@ def measure(directory: Path, method: str, seed: int, config: TrainConfig) -> dic
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    print(
-        "| method | planted 32 times | 8 times | never | distance, 32 times | loss: single images | unseen | processor s |"
-    )
+    print("| method | planted 32 times | 8 times | never | distance (32) | loss, single | loss, unseen | processor s |")
     print("|---|---|---|---|---|---|---|---|")
     for method in METHODS:
         mine = sorted((r for r in results if r["method"] == method), key=lambda r: r["seed"])
