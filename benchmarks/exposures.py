@@ -4,7 +4,8 @@
 
 Plants 24 drawings 0, 1, 2, 4 … 64 times among 219 others (600 rows; 48 further drawings stand nowhere), and for every
 seed anew. Trains, draws 16 images a caption and looks for the drawings among them. The untouched base, if the config
-has one, is asked the same (`adopt`): it must give nothing back. Prints the tables of docs/benchmarks.md and whether
+has one, is asked the same (`adopt`): it must give nothing back. A model without captions draws as many images for no
+caption, and is attacked by `adaptive`. Prints the tables of docs/benchmarks.md and whether
 the aim holds: at least 80 % of the drawings that stand 64 times come back, none of those that stand nowhere, within ten
 minutes. The same command goes on after a kill; times and memory are of the parts that were trained in one go.
 """
@@ -28,6 +29,7 @@ from eval.extraction import attack
 from eval.generate import generate
 
 PICTURES = {"canaries": 24, "controls": 48, "fillers": 219}
+ATTACKS = {"tiny": "clique", "tiny-uncond": "adaptive"}
 AIM, MINUTES = 0.8, 10
 
 
@@ -43,10 +45,11 @@ def make_dataset(directory: Path, seed: int) -> Path:
 
 def train_and_attack(out: Path, arm: str, config: Path, run: Path, seed: int, n: int) -> int:
     """Peak memory of the process in MiB."""
-    train(out, arm, load_config(config), run, seed)
+    chosen = load_config(config)
+    train(out, arm, chosen, run, seed)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     generate(run, n=n)
-    attack(run)
+    attack(run, ATTACKS[chosen.model])
     return peak
 
 
@@ -56,27 +59,29 @@ def describe_run(run: Path, peak: int) -> dict[str, Any]:
     return {"run": run.name, "steps": steps, "seconds": seconds, "images/s": timings["images_per_second"], "MiB": peak}
 
 
-def count_found(runs: list[Path]) -> pl.DataFrame:
-    """A row a multiplicity: over all runs, exposures of a drawing, found drawings, share of generations within δ."""
+def count_found(runs: list[Path], name: str) -> pl.DataFrame:
+    """A row a multiplicity: over all runs, exposures of a drawing, drawings found, images that are one of them."""
     parts = []
     for run in runs:
-        scores = pl.read_parquet(run / "scores-clique.parquet")
+        scores = pl.read_parquet(run / f"scores-{name}.parquet")
         plants = pl.read_parquet(Path(manifest.read_json(run / "config.json")["out"]) / "plant.parquet")
         seen = pl.DataFrame(schema={"key": pl.String, "exposures": pl.Int64})
         if (run / "exposures.parquet").exists():
             seen = pl.read_parquet(run / "exposures.parquet", columns=["key", "exposures"])
         doses = plants.join(seen, on="key", how="left").group_by("canary").agg(pl.col("exposures").sum())
         parts.append(scores.join(doses, left_on="target_id", right_on="canary", how="left"))
+    rows = pl.concat(parts)
+    told = {"clique": [pl.col("best_distance", "delta").median().round(3)], "adaptive": []}[name]
+    images = {"clique": "matches", "adaptive": "from_any"}[name]  # of those for its own caption, or of all
     return (
-        pl.concat(parts)
-        .group_by("multiplicity")
+        rows.group_by("multiplicity")
         .agg(
             pl.len().alias("drawings"),
             pl.col("exposures").mean().round(0),
             pl.col("extracted").sum(),
-            (pl.col("matches").sum() / pl.col("n_generations").sum()).round(3).alias("share of images"),
-            pl.col("best_distance").median().round(3).alias("nearest"),
-            pl.col("delta").median().round(3),
+            pl.col(images).sum().alias("images"),
+            (pl.col("n_generations").sum() if name == "clique" else pl.lit(rows["n_generations"].sum())).alias("of"),
+            *told,
         )
         .sort("multiplicity", descending=True)
     )
@@ -97,16 +102,18 @@ def main(
     tasks = [(out, arm, config, run, seed, n) for seed, (out, run) in enumerate(zip(outs, runs, strict=True))]
     peaks = engine.run(train_and_attack, tasks, jobs=2)
     told = [describe_run(run, peak) for run, peak in zip(runs, peaks, strict=True)]
+    chosen = load_config(config)
+    name = ATTACKS[chosen.model]
     with pl.Config(tbl_rows=-1, tbl_cols=-1, tbl_formatting="MARKDOWN", tbl_hide_dataframe_shape=True):
         print(pl.DataFrame(told))
-        found = count_found(runs)
+        found = count_found(runs, name)
         print(found)
-        if base := load_config(config).base:
+        if chosen.base:
             control = directory / "untouched"
-            adopt(base, outs[0], control)
+            adopt(chosen.base, outs[0], control)
             generate(control, n=n)
             attack(control)
-            print("untouched base:", count_found([control]).drop("exposures"), sep="\n")
+            print("untouched base:", count_found([control], name).drop("exposures"), sep="\n")
     most, none = found.filter(multiplicity=64), found.filter(multiplicity=0)
     share, false = most["extracted"].sum() / most["drawings"].sum(), none["extracted"].sum()
     slowest = max(row["seconds"] for row in told)

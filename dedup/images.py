@@ -71,13 +71,26 @@ class ImageError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class File:
+    """A picture that holds more than its `pixels` show, and the limits under which it was decoded: see `frames.py`."""
+
+    data: bytes
+    max_pixels: int
+    max_frames: int
+
+
+@dataclass(frozen=True, slots=True)
 class Decoded:
-    """`pixels`: uint8 (H, W, 3), upright, on white. `width`, `height`: of the original, upright."""
+    """`pixels`: uint8 (H, W, 3), upright, on white. `width`, `height`: of the original, upright.
+
+    `file`: of animations and of what has more than 8 bits, else None.
+    """
 
     pixels: np.ndarray
     width: int
     height: int
     format: str
+    file: File | None = None
 
 
 def decode(
@@ -102,12 +115,13 @@ def decode(
     try:
         if dicom.is_dicom(data):
             frames = dicom.decode(data, montage=montage, max_pixels=max_pixels, max_frames=max_frames)
-            return Decoded(_stack(frames), frames[0].shape[1], frames[0].shape[0], DICOM)
+            file = File(data, max_pixels, max_frames)
+            return Decoded(stack(frames), frames[0].shape[1], frames[0].shape[0], DICOM, file)
         plain = _decode_jpeg(data, "RGB", min_side, max_pixels)
         if plain is not None:
             return plain
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return _decode_open(image, min_side, montage, max_pixels, max_frames)
+            return _decode_open(image, min_side, montage, File(data, max_pixels, max_frames))
     except ImageError:
         raise
     except dicom.DicomError as error:
@@ -163,7 +177,7 @@ def _decode_jpeg(data: bytes, colours: str, min_side: int | None, max_pixels: in
         kind, orientation = "JPEG", 1
         if not _is_plain(data):
             with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
-                kind, orientation = header.format or "", _exif_orientation(header) if "exif" in header.info else 1
+                kind, orientation = header.format or "", exif_orientation(header) if "exif" in header.info else 1
         if width * height > max_pixels or space not in (("YCbCr", "Gray") if colours == "GRAY" else ("YCbCr",)):
             return None
         scale = 1 if min_side is None else next((s for s in (8, 4, 2) if min(height, width) // s >= min_side), 1)
@@ -187,28 +201,45 @@ def _is_plain(data: bytes) -> bool:
     return data[place : place + 2] == b"\xff\xda"
 
 
-def _decode_open(image: Image.Image, min_side: int | None, montage: bool, max_pixels: int, max_frames: int) -> Decoded:
+def _decode_open(image: Image.Image, min_side: int | None, montage: bool, file: File) -> Decoded:
     width, height, kind = image.width, image.height, image.format or ""
-    if width * height > max_pixels:
-        raise ImageError("too-large", f"{width}×{height} pixels, limit {max_pixels:,}")
+    if width * height > file.max_pixels:
+        raise ImageError("too-large", f"{width}×{height} pixels, limit {file.max_pixels:,}")
     if max(width, height) > MAX_SIDE:
         raise ImageError("too-large", f"{width}×{height} pixels, limit of a side {MAX_SIDE:,}")
-    frames = getattr(image, "n_frames", 1) if kind in ("GIF", "WEBP", "PNG", "AVIF", "TIFF") else 1
-    if frames > max_frames:
-        raise ImageError("too-large", f"{frames:,} frames, limit {max_frames:,}")
+    frames, more = count_frames(image), is_deep(image, file.data)
+    if frames > file.max_frames:
+        raise ImageError("too-large", f"{frames:,} frames, limit {file.max_frames:,}")
     if min_side is not None and kind in ("JPEG", "MPO") and image.mode == "RGB":
         image.draft("RGB", (min_side, min_side))
-    orientation = _exif_orientation(image)
+    orientation = exif_orientation(image)
     transpose = EXIF_TRANSPOSE.get(orientation)
-    Image.MAX_IMAGE_PIXELS = max_pixels  # a later frame of a GIF makes all of it larger while it is looked for
+    Image.MAX_IMAGE_PIXELS = file.max_pixels  # a later frame of a GIF makes all of it larger while it is looked for
     if frames > 1 and montage:
-        later = _later_frames(image, frames, transpose, max_pixels)
-        pixels = _stack([_upright(image, transpose), *later])
+        later = _later_frames(image, frames, transpose, file.max_pixels)
+        pixels = stack([upright(image, transpose), *later])
     else:
-        pixels = _upright(image, transpose)
+        pixels = upright(image, transpose)
     if orientation in SWAPS_SIDES:
         width, height = height, width
-    return Decoded(pixels, width, height, kind)
+    return Decoded(pixels, width, height, kind, file if more or frames > 1 else None)
+
+
+def count_frames(image: Image.Image) -> int:
+    return getattr(image, "n_frames", 1) if image.format in ("GIF", "WEBP", "PNG", "AVIF", "TIFF") else 1
+
+
+def is_deep(image: Image.Image, data: bytes) -> bool:
+    """Whether its frame has more than 8 bits, by the header. Not asked of AVIF, which nothing here reads in full."""
+    if image.format == "JPEG2000":  # its first component (ISO/IEC 15444-1, A.5.1)
+        place = data.find(b"\xff\x4f\xff\x51") + 42
+        return 42 <= place < len(data) and data[place] & 0x7F > 7
+    if image.format not in ("PNG", "TIFF", "PPM"):
+        return False
+    tiles = getattr(image, "tile", None)
+    told = tiles[0].args if tiles else ()
+    brightest = told[1] if image.format == "PPM" and isinstance(told, tuple) else 255
+    return image.mode.startswith(("I", "F")) or ";16" in str(told) or brightest > 255
 
 
 def _later_frames(
@@ -220,14 +251,14 @@ def _later_frames(
             image.seek(number)
             if image.width * image.height > max_pixels:
                 raise ImageError("too-large", f"frame {number} has {image.width}×{image.height} pixels")
-            yield _upright(image, transpose)
+            yield upright(image, transpose)
         except ImageError:
             raise
         except (OSError, ValueError, SyntaxError, EOFError):
             return
 
 
-def _stack(pictures: list[np.ndarray]) -> np.ndarray:
+def stack(pictures: list[np.ndarray]) -> np.ndarray:
     """One above the other, on white where they are narrower than the widest."""
     width = max(picture.shape[1] for picture in pictures)
     margins = [((0, 0), (0, width - picture.shape[1]), (0, 0)) for picture in pictures]
@@ -236,12 +267,12 @@ def _stack(pictures: list[np.ndarray]) -> np.ndarray:
     )
 
 
-def _upright(image: Image.Image, transpose: Image.Transpose | None) -> np.ndarray:
+def upright(image: Image.Image, transpose: Image.Transpose | None) -> np.ndarray:
     rgb = _to_rgb(image)
     return np.asarray(rgb.transpose(transpose) if transpose is not None else rgb)
 
 
-def _exif_orientation(image: Image.Image) -> int:
+def exif_orientation(image: Image.Image) -> int:
     if image.format not in ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "AVIF"):
         return 1
     try:
@@ -266,29 +297,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_high_depth(values: np.ndarray) -> Image.Image:
-    """Grey values of unknown depth → 8 bits. The full scale is the smallest usual one that holds the maximum."""
+    """Grey values of unknown depth → 8 bits."""
     values = np.nan_to_num(values)
-    top = float(values.max(initial=0.0))
-    scale = next((s for s in (1.0, 255.0, 65535.0) if top <= s), top)
-    grey = np.clip(np.rint(values * (255.0 / scale)), 0, 255).astype(np.uint8)
+    grey = np.clip(np.rint(values * (255.0 / full_scale(values))), 0, 255).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")
 
 
-def read_alpha(data: bytes) -> bytes:
-    """The transparency of an image that `decode` can read, first frame; empty when all of it is opaque.
-
-    All of the data when it is damaged beyond the colours: then only equal files are equal.
-    """
-    if dicom.is_dicom(data):
-        return b""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if not image.has_transparency_data:
-                return b""
-            alpha = image.convert("RGBA").getchannel("A")
-    except Exception:  # see `decode`
-        return data
-    return b"" if alpha.getextrema() == (255, 255) else alpha.tobytes()
+def full_scale(values: np.ndarray) -> float:
+    """What is white: the smallest usual full scale that holds the maximum."""
+    top = float(np.nan_to_num(values).max(initial=0))
+    return next((s for s in (1.0, 255.0, 65535.0) if top <= s), top)
 
 
 def shrink(pixels: np.ndarray, size: int) -> np.ndarray:

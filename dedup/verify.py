@@ -3,8 +3,8 @@
 Perceptual hashes see grey gradients: a red heart and a blue one, flags of other colours, two clock faces may share one.
 So every candidate is looked at twice. First at the colour thumbnails of both pictures, turned the same way: the mean
 residual and that of the worst tile (cheap, rejects nearly everything). What passes is compared at up to DETAIL pixels
-a side, place by place: a mouth, a skin tone or a thin line is lost in a thumbnail. Small everywhere → `copy`; else →
-`look-alike`, reported and kept.
+a side, place by place: a mouth, a skin tone or a thin line is lost in a thumbnail; every frame of an animation, and
+deep values with their tones spread. Small everywhere → `copy`; else → `look-alike`, reported and kept.
 """
 
 from typing import Protocol
@@ -14,7 +14,8 @@ import numpy as np
 import polars as pl
 from scipy.ndimage import convolve1d
 
-from dedup.images import Decoded
+from dedup.frames import pair_frames
+from dedup.images import Decoded, ImageError
 from dedup.manifest import ORIENTATIONS
 
 TILES = 8  # tiles a side: 4 × 4 pixels of a 32-pixel thumbnail
@@ -103,7 +104,15 @@ def is_same_picture(a: Decoded, b: Decoded, orientation: int = 0) -> bool:
     turned = orient(b.pixels[None], orientation)[0]
     untouched = a.pixels.shape == turned.shape and LOSSY.isdisjoint((a.format, b.format))
     limit = MAX_LOSSLESS if untouched else MAX_LOSSY
-    return is_close(a.pixels, turned, limit)
+    if not is_close(a.pixels, turned, limit):
+        return False
+    if a.file is None and b.file is None:
+        return True
+    try:
+        limit = limit if a.file and b.file else MAX_LOSSY  # one that was made to have 8 bits, or a still
+        return all(is_close(x, orient(y[None], orientation)[0], limit) for x, y in pair_frames(a, b))
+    except ImageError:
+        return False  # of what cannot be seen in full nobody knows
 
 
 def is_close(a: np.ndarray, b: np.ndarray, limit: tuple[float, float]) -> bool:

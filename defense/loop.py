@@ -60,7 +60,7 @@ def training_loop(
     """
     total, device = schedule.config.num_train_timesteps, processes.device
     parameters = list(weights.values())
-    trained, averaged = [p.detach() for p in parameters], [average[name] for name in weights]
+    averaged = [average[name] for name in weights]
     # Whole images, all draws of each; only batches of DP-SGD, which are of any size, may leave a smaller part.
     part = config.batch_size // config.accumulation // processes.size * config.noise_multiplicity
     unet.train()
@@ -111,7 +111,7 @@ def training_loop(
         optimizer.zero_grad()
         # A young average forgets faster, so that the random initial weights do not linger in it.
         decay = min(config.ema_decay, (step + 1) / (step + 10))
-        torch._foreach_lerp_(averaged, trained, 1 - decay)
+        torch._foreach_lerp_(averaged, [weight.detach() for weight in parameters], 1 - decay)
         seconds = time.perf_counter() - began
         yield Step(step + 1, loss, config.batch_size / seconds, tuple(batch.rows[dropped].tolist()))
 

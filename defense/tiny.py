@@ -98,8 +98,8 @@ def build_tiny(
 def build_tiny_uncond(
     seed: int,
     *,
-    resolution: int = 32,
-    channels: Sequence[int] = (16, 32, 64, 128),
+    resolution: int = 16,
+    channels: Sequence[int] = (32, 64, 128),
     layers_per_block: int = 1,
     prediction_type: str = "v_prediction",
 ) -> DDPMPipeline:

@@ -14,7 +14,7 @@ from scipy import stats
 
 from eval import metrics
 from eval.replication import summarise_similarity
-from eval.stats import Effect
+from eval.stats import Effect, wilson
 
 # Stable Diffusion 1.4, sec. 4.2: captions of the most duplicated images, 500 generations each; found by ℓ2, and with
 # the near-copies that were found by eye.
@@ -88,8 +88,6 @@ def rate_difference(a: int, n_a: int, b: int, n_b: int, level: float = 0.95) -> 
     """
     if not (n_a and n_b):
         return None
-    from eval.stats import wilson
-
     first, second = wilson(a, n_a, level), wilson(b, n_b, level)
     gap = a / n_a - b / n_b
     low = gap - math.hypot(first.estimate - first.low, second.high - second.estimate)

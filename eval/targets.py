@@ -86,7 +86,8 @@ def load_yardstick(
         targets = targets.filter(pl.col("target_id").is_in(only.to_list()))
     reference = load_reference(out)
     same_key = targets["key"].to_numpy()[:, None] == reference["key"].to_numpy()
-    canary = targets["component_id"].is_null().to_numpy()[:, None] & (reference["kind"] == "canary").to_numpy()
+    planted = (targets["component_id"].is_null() & targets["root"].is_null()).to_numpy()[:, None]
+    canary = planted & (reference["kind"] == "canary").to_numpy()
     components = targets["component_id"].fill_null(-1).to_numpy()[:, None]
     same_component = components == reference["component_id"].fill_null(-2).to_numpy()
     return Yardstick(
@@ -131,7 +132,8 @@ def load_targets(
         raise TargetError(f"{out}: no image with a caption, so there is no prompt to attack with")
     parts = [part.with_columns(root=pl.lit(None, pl.String)) for part in (members, unseen)]
     if controls is not None:
-        parts.append(_list_controls(out, controls, rows).head(most))
+        foreign = _list_controls(out, controls, rows)
+        parts.append(foreign if limit is None else foreign.head(limit))
     return pl.concat(part.select(pl.col(name).cast(kind) for name, kind in TARGETS.items()) for part in parts)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dedup import images
+from dedup import frames, images
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -185,14 +185,17 @@ def test_a_later_frame_that_is_too_large() -> None:
 
 def test_transparency_of_a_damaged_animation() -> None:
     """Frames out of order: the first one can be read while the others are counted, and not alone."""
-    frames = [Image.new("RGBA", (40, 30), (200, 0, 0, alpha)) for alpha in (100, 200)]
+    pictures = [Image.new("RGBA", (40, 30), (200, 0, 0, alpha)) for alpha in (100, 200)]
     buffer = io.BytesIO()
-    frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:])
+    pictures[0].save(buffer, "PNG", save_all=True, append_images=pictures[1:])
     data = bytearray(buffer.getvalue())
     start = data.index(b"fdAT")
     size = struct.unpack(">I", data[start - 4 : start])[0]
     data[start + 4 : start + 8] = (99).to_bytes(4, "big")
     data[start + 4 + size : start + 8 + size] = zlib.crc32(data[start : start + 4 + size]).to_bytes(4, "big")
-    assert images.read_alpha(bytes(data)) in (bytes(data), bytes([100]) * 1_200)
-    assert images.read_alpha(buffer.getvalue()) == bytes([100]) * 1_200
-    assert images.read_alpha(b"no image") == b"no image"
+    damaged = images.decode(bytes(data))
+    assert frames.read_rest(damaged, bytes(data)) == bytes(data)
+    assert len(frames.read_rest(images.decode(buffer.getvalue()), buffer.getvalue())) == 2 * 32
+    still = images.Decoded(damaged.pixels, 40, 30, "PNG")
+    assert frames.read_rest(still, b"no image") == b"no image"
+    assert frames.read_rest(still, encode(pictures[0], "PNG")) == bytes([100]) * 1_200

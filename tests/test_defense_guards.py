@@ -226,11 +226,14 @@ def test_embeddings_are_moved_to_the_target_and_no_further():
 def test_optimised_embeddings_lower_the_first_norm_of_a_real_pipeline(small, out):
     prompts, seeds, options = ["picture number 1", "a red fox"], [4, 5], {"steps": 3, "batch_size": 8}
     before, asked = measure_prompts(small, prompts, seeds, **options), []
-    GUARDS["embedding"].wrap(stub(unrelated, asked), setting(small, out), 10)(prompts, seeds)
+    GUARDS["embedding"].wrap(stub(unrelated, asked), setting(small, out), 50)(prompts, seeds)
+    captions = guards.list_usual_captions(out, "embedding")
+    usual = measure_prompts(small, captions, [guards.derive_seed("usual", i) for i in range(len(captions))], **options)
+    assert asked[0][2]["adjust"].keywords["target"] == pytest.approx(np.median(usual))
     after = []
 
     def watch(measure, tokens):
-        moved = asked[0][2]["adjust"](measure, tokens)
+        moved = lower_magnitude(measure, tokens, target=0.0)
         after.append(measure(moved))
         assert torch.equal(moved[:, 0], tokens[:, 0])
         return moved
@@ -310,3 +313,5 @@ def test_what_a_guard_cannot_protect_is_refused_in_one_line(small, out, tmp_path
     with pytest.raises(manifest.ManifestError, match="nowhere"):
         build_sampler(["copy"], setting(small, tmp_path / "nowhere"))
     build_sampler(["static-guidance"], xl)
+    with pytest.raises(ValueError, match="StableDiffusion3Pipeline cannot be steered"):
+        guards.draw(flow, ["a"], [1], guide=lambda timestep, norms: norms[0])

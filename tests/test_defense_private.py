@@ -25,6 +25,8 @@ from defense.private import PrivacyError, PrivateGradient, assert_changed, descr
 from defense.processes import ALONE, Processes
 from defense.train import train
 
+CLIP = 1.2  # some gradients of the tests are longer, some are not
+
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
@@ -51,7 +53,7 @@ def config(tmp_path_factory):
 
 def make_private(unet, multiplicity=1, **options):
     optimizer = torch.optim.AdamW([weight for weight in unet.parameters() if weight.requires_grad], fused=True)
-    given = {"noise_multiplier": 1e-9, "max_grad_norm": 0.05, "batch_size": 4} | options
+    given = {"noise_multiplier": 1e-9, "max_grad_norm": CLIP, "batch_size": 4} | options
     return PrivateGradient(unet, optimizer, multiplicity=multiplicity, **given)
 
 
@@ -79,8 +81,8 @@ def test_clipped_gradients_are_those_of_one_image_at_a_time(tmp_path, rank, mult
         found = torch.autograd.grad(measure(unet, x[mine], t[mine], c[mine]).mean(), trained)
         norms.append(math.sqrt(sum(float(g.square().sum()) for g in found)))
         for total, gradient in zip(expected, found, strict=True):
-            total += gradient * min(1, 0.05 / norms[-1]) / 4
-    assert min(norms) < 0.05 < max(norms) or rank  # some are clipped, some are not
+            total += gradient * min(1, CLIP / norms[-1]) / 4
+    assert min(norms) < CLIP < max(norms) or rank  # some are clipped, some are not
     private = make_private(unet, multiplicity)
     for part in torch.arange(n).split(2 * multiplicity):  # in parts, the last one smaller
         private.add(measure(unet, x[part], t[part], c[part]))

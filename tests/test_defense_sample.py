@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from dedup import manifest
 from defense import cli, guards
-from defense.sample import SAMPLES, SampleError, choose_prompts, read_prompts, sample_run
+from defense.sample import SAMPLES, SampleError, choose_prompts, read_prompts, sample_run, sample_trained
 from defense.sheet import write_sheet
 
 PROMPTS = ["a red fox", "<script>alert(1)</script> & more"]
@@ -187,3 +187,12 @@ def test_captions_of_the_sheet_after_training(out):
     assert len(set(chosen)) == 6
     assert sorted((times[caption] for caption in chosen[:3]), reverse=True) == sorted(times.values(), reverse=True)[:3]
     assert [times[caption] for caption in chosen[3:]] == [1] * 3
+
+
+def test_the_sheet_after_training_is_drawn_from_the_run(out, run):
+    sample_trained(out, run, 2)
+    table = pl.read_parquet(run / "samples" / "samples.parquet")
+    assert table["prompt"].unique(maintain_order=True).to_list() == choose_prompts(out, 2)
+    assert set(table["status"]) == {"ok"}
+    assert manifest.read_json(run / "samples" / "sample.json")["options"]["guidance_scale"] == 1.0
+    shutil.rmtree(run / "samples")
