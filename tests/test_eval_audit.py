@@ -43,7 +43,7 @@ def made(monkeypatch):
             raise KeyboardInterrupt
         if run.name in failing:
             return result | {"error": "DivergedError: loss nan"}
-        if not (run / "scores-clique.parquet").exists():
+        if not (run / "generations.parquet").exists():
             calls.append(run.name)
             make_run(run.parent, out, arm, seed)
             (run / "train.jsonl").touch()
