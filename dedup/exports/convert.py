@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-HELD = 1 << 22  # bytes of images in memory before they are written, as one row group: more costs twice the time
+HELD = 1 << 22  # bytes of images in memory before they are written, as one row group; 64 MB took 1.2 to 1.6 times the work
 NAME = 200  # bytes of a part of a name, at most: file systems take 255 bytes
 SUFFIXES = {
     "JPEG": "jpg",
