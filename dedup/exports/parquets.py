@@ -32,4 +32,4 @@ def same(src: Path, shards: Sequence[Shard], rows: pl.DataFrame, dest: Path) -> 
             check_bytes(data, digests[number], f"{source}: row {number}")
         return changes[number]
 
-    filter_parquet(source, place(dest, name), choose, rows, wanted=(image,), caption=layout.caption_column, image=image)
+    filter_parquet(source, place(dest, name), choose, rows, wanted=(image,), caption=layout.caption_column)

@@ -148,9 +148,8 @@ def filter_parquet(
     *,
     wanted: Sequence[str],
     caption: str | None,
-    image: str = "",
 ) -> None:
-    """As `filter_table`. image: a column that is large."""
+    """As `filter_table`."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetWriter
 
@@ -159,7 +158,7 @@ def filter_parquet(
             schema = _extend(file.schema_arrow, check_free(source, file.schema_arrow.names, rows))
             try:
                 with ParquetWriter(temporary, schema, **_settings(file.metadata)) as writer:
-                    for table in _read_kept(file, choose, schema, wanted, caption, image):
+                    for table in _read_kept(file, choose, schema, wanted, caption):
                         writer.write_table(table, row_group_size=max(1, len(table)))
             except (ArrowException, UnicodeDecodeError) as error:
                 raise SourceError(f"{source}: cannot be read ({str(error).partition('\n')[0]})") from error
@@ -173,7 +172,6 @@ def _read_kept(
     schema: "pa.Schema",
     wanted: Sequence[str],
     caption: str | None,
-    image: str,
 ) -> Iterator["pa.Table"]:
     """What stays of each row group, in pieces of at least HELD bytes."""
     import pyarrow as pa
@@ -181,7 +179,7 @@ def _read_kept(
     number = 0
     for group in range(file.metadata.num_row_groups):
         held: list[pa.RecordBatch] = []
-        for batch in read_batches(file, group, None, image):
+        for batch in read_batches(file, group, None):
             cells = [[read_scalar(value) for value in batch.column(name)] for name in wanted]
             values = [dict(zip(wanted, row, strict=True)) for row in zip(*cells, strict=True)] or [{}] * len(batch)
             changes = [choose(number + place, row) for place, row in enumerate(values)]

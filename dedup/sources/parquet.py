@@ -129,7 +129,7 @@ def read_shard(shard: Shard) -> Iterator[Record]:
             number = row
             row += file.metadata.row_group(group).num_rows
             try:
-                for batch in read_batches(file, group, list(dict.fromkeys(wanted)), str(layout.image_column)):
+                for batch in read_batches(file, group, list(dict.fromkeys(wanted))):
                     for place in range(len(batch)):
                         values = {name: columns.read_scalar(batch.column(name)[place]) for name in batch.schema.names}
                         cell = values[str(layout.image_column)]
@@ -141,12 +141,13 @@ def read_shard(shard: Shard) -> Iterator[Record]:
         raise SourceError(f"{path}: cannot be read: {', '.join(damage)}")
 
 
-def read_batches(file: "pq.ParquetFile", group: int, names: list[str] | None, image: str) -> Iterator["pa.RecordBatch"]:
-    """One row group in pieces of about HELD bytes of images. names: None = all columns."""
+def read_batches(file: "pq.ParquetFile", group: int, names: list[str] | None) -> Iterator["pa.RecordBatch"]:
+    """One row group in pieces of about HELD bytes. names: None = all columns.
+
+    What the file says of a single column is not asked for: where it is damaged, pyarrow ends the process.
+    """
     about = file.metadata.row_group(group)
-    chunks = (about.column(number) for number in range(about.num_columns))
-    size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.partition(".")[0] == image)
-    rows = max(1, min(ROWS_HELD, about.num_rows * HELD // max(1, size)))
+    rows = max(1, min(ROWS_HELD, about.num_rows * HELD // max(1, about.total_byte_size)))
     yield from file.iter_batches(rows, row_groups=[group], columns=names, use_threads=False)
 
 
@@ -169,7 +170,7 @@ class RowReader:
         group = bisect_right(self.starts, row) - 1
         if group != self.group or row < self.first:
             self.group, self.first, self.held = group, self.starts[group], []
-            self.batches = read_batches(self.file, group, [self.column], self.column)
+            self.batches = read_batches(self.file, group, [self.column])
         while row >= self.first + len(self.held):
             self.first += len(self.held)
             self.held = next(self.batches).column(self.column)
