@@ -24,7 +24,8 @@ from eval.membership import SCORES, infer_membership, score_pictures
 from eval.probe import STARTS, probe
 
 ARMS = ("raw", "refill", "untrained")
-WEIGHTS = (1.5, 2.0, 3.0)
+WEIGHTS = (2.0, 3.0)
+PROBED = 12  # most duplicated canaries, and controls
 
 
 def find_runs(directory: Path, seeds: int) -> dict[str, list[Path]]:
@@ -44,7 +45,7 @@ def print_extrapolation(directory: Path, runs: dict[str, list[Path]]) -> None:
     print("\n### Extrapolation\n")
     print("| model | images planted twice or more | planted once | never planted | generations that match | per seed |")
     print("|---|---|---|---|---|---|")
-    for arm in ARMS[:2]:
+    for arm in (arm for arm in ARMS[:2] if runs[arm]):
         print_extracted(arm, [score(run, "clique") for run in runs[arm]])
     pairs = list(zip(runs["raw"], runs["refill"], strict=False))
     for name, ends in {
@@ -56,7 +57,8 @@ def print_extrapolation(directory: Path, runs: dict[str, list[Path]]) -> None:
             tables = []
             for tuned, base in ends:
                 new = directory / f"line-{tuned.name}-{base.name}-{weight:g}"
-                extrapolate(tuned, str(base), new, weight)
+                if not (new / "model").exists():
+                    extrapolate(tuned, str(base), new, weight)
                 tables.append(score(new, "clique"))
             print_extracted(f"{name}, weight {weight:g}", tables)
 
@@ -79,22 +81,26 @@ def count(rows: pl.DataFrame) -> str:
     return f"{found.count} of {found.n} ({found.low:.0%} … {found.high:.0%})"
 
 
-def print_probe(runs: dict[str, list[Path]], start: str) -> None:
-    print(f"\n### Residual probe from {start} (4 images a target)\n")
-    print("| model | planted twice or more | planted once | never planted | generations: first less third column |")
-    print("|---|---|---|---|---|")
-    for arm in ARMS:
-        tables = []
-        for run in runs[arm]:
-            kept = run / f"scores-probe-{start}.parquet"
-            if not kept.exists():
-                manifest.write_parquet(kept, probe(run, start=start))
-            tables.append(pl.read_parquet(kept))
-        if tables:
-            rows = pl.concat(tables)
-            parts = (pl.col("multiplicity") >= 2, pl.col("multiplicity") == 1, pl.col("multiplicity") == 0)
-            gaps = [share(t.filter(parts[0])) - share(t.filter(parts[2])) for t in tables]
-            print(f"| {arm} | {' | '.join(count(rows.filter(some)) for some in parts)} | {describe_mean(gaps)} |")
+def print_probe(directory: Path, runs: dict[str, list[Path]]) -> None:
+    print(f"\n### Residual probe: the {PROBED} most duplicated canaries and as many controls, 4 images each\n")
+    print("| model, start | planted 8 to 64 times | never planted | generations that match: difference |")
+    print("|---|---|---|---|")
+    for start in STARTS:
+        for arm in ARMS:
+            tables = [probe_once(run, start) for run in runs[arm]]
+            if tables:
+                rows = pl.concat(tables)
+                parts = (pl.col("multiplicity") > 0, pl.col("multiplicity") == 0)
+                gaps = [share(table.filter(parts[0])) - share(table.filter(parts[1])) for table in tables]
+                cells = " | ".join(count(rows.filter(some)) for some in parts)
+                print(f"| {arm}, {start} | {cells} | {describe_mean(gaps)} |", flush=True)
+
+
+def probe_once(run: Path, start: str) -> pl.DataFrame:
+    kept = run / f"scores-probe-{start}.parquet"
+    if not kept.exists():
+        manifest.write_parquet(kept, probe(run, start=start, limit=PROBED))
+    return pl.read_parquet(kept)
 
 
 def share(rows: pl.DataFrame) -> float:
@@ -110,10 +116,10 @@ def describe_mean(values: list[float]) -> str:
     return f"{mean.estimate:.3f} ({mean.low:.3f} … {mean.high:.3f}; {each})"
 
 
-def print_replication(runs: dict[str, list[Path]]) -> None:
+def print_replication(directory: Path, runs: dict[str, list[Path]]) -> None:
     print("\n### Replication\n")
     summaries: dict[str, list[dict[str, Any]]] = {}
-    for arm in ARMS[:2]:
+    for arm in (arm for arm in ARMS[:2] if runs[arm]):
         tables = [score(run, "replication") for run in runs[arm]]
         summaries[arm] = [manifest.read_json(run / "attack-replication.json")["similarity"] for run in runs[arm]]
         if arm == "raw":
@@ -134,9 +140,9 @@ def print_replication(runs: dict[str, list[Path]]) -> None:
     print(f"| training among itself | {' | '.join(describe_mean([s['training'][f] for s in mine]) for f in figures)} |")
 
 
-def print_membership(runs: dict[str, list[Path]]) -> None:
+def print_membership(directory: Path, runs: dict[str, list[Path]]) -> None:
     print("\n### Membership\n")
-    found = {arm: [infer_membership(run) for run in mine] for arm, mine in runs.items()}
+    found = {arm: [infer_once(run) for run in mine] for arm, mine in runs.items()}
     first = found["raw"][0]
     print(f"{first['members']} members, {first['others']} others a seed. AUC:\n")
     print("| score | raw | refill | untrained | raw, planted once | beats blind |\n|---|---|---|---|---|---|")
@@ -162,10 +168,15 @@ def print_membership(runs: dict[str, list[Path]]) -> None:
     )
 
 
-def print_spikiness(runs: list[Path]) -> None:
+def infer_once(run: Path) -> dict[str, Any]:
+    path = run / "membership.json"
+    return manifest.read_json(path) if path.exists() else infer_membership(run)
+
+
+def print_spikiness(directory: Path, runs: dict[str, list[Path]]) -> None:
     """Of generations, as in the paper: which prompts are memorised, by the mean over their generations."""
     areas = []
-    for run in runs:
+    for run in runs["raw"]:
         table, scores = pl.read_parquet(run / "generations.parquet").filter(status="ok"), score(run, "clique")
         pixels = (read_images(run, table["file"], 32) * 255).round().astype(np.uint8)
         captions = table["prompt"].to_list()
@@ -178,18 +189,25 @@ def print_spikiness(runs: list[Path]) -> None:
     print(f"\nSpikiness of generations, AUC of prompts that were extracted (raw): {describe_mean(areas)}")
 
 
+PARTS = {
+    "membership": print_membership,
+    "extrapolation": print_extrapolation,
+    "replication": print_replication,
+    "spikiness": print_spikiness,
+    "probe": print_probe,
+}
+
+
 def main(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of benchmarks/detectors.py.")],
     seeds: Annotated[int, typer.Option(help="How many of its seeds.")] = 3,
+    part: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help=f"Of {', '.join(PARTS)}; all by default.")
+    ] = None,
 ) -> None:
     directory = directory.resolve()
-    runs = find_runs(directory, seeds)
-    print_membership(runs)
-    print_extrapolation(directory, runs)
-    print_replication(runs)
-    print_spikiness(runs["raw"])
-    for start in STARTS:
-        print_probe(runs, start)
+    for name in part or PARTS:
+        PARTS[name](directory, find_runs(directory, seeds))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Speed, memory and recall of deduplication against peers, on photographs, in one run.
 
-    python benchmarks/dedup_speed.py --photos DIR --work DIR [--files 30000] [--runs 3]
+    python benchmarks/dedup_speed.py --photos DIR --work DIR [--tools "immaculate pdq"] [--sets few,many]
 
 photos-T (recall): every photograph to its longest side ≤ 640, JPEG quality 90, and five copies: random crop 7/8, both
 flips, turned by 25°, square; the six form a group. Speed: `--files` distinct 640×480 collages, of which 5 % or 30 % are
 replaced by copies of others (same bytes, JPEG quality 70, half size in turn), and a fifteenth as many of 2560×1920, as
-cameras make them. Each tool runs in an environment of its own, made with uv below `--work`; tools take turns, `--runs`
+cameras make them. Each tool runs in an environment of its own, made below `--work`; tools take turns, `--runs`
 times (one that takes three times as long as ours runs once). Wall seconds are medians; memory is the
 largest sum of proportional set sizes over the process tree, sampled. `floor` only decodes: libjpeg-turbo, grey, at 1/8
 scale, one process a core.
@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -34,6 +34,7 @@ from dedup import clustering
 
 PEERS = {"immaculate": "immaculate==0.3.0", "imgcheck": "imgcheck==0.2.1", "cleanvision": "cleanvision==0.3.7"}
 PEERS |= {"imagehash": "imagehash==4.3.2"}
+SETS = {"few": (0.05, 1, 1), "many": (0.3, 1, 1), "camera": (0.05, 4, 15)}  # share of copies, grid, so many times fewer
 CLEANVISION = """
 import json, sys
 from cleanvision import Imagelab
@@ -182,20 +183,20 @@ def measure(command: list[str]) -> tuple[float, float, str]:
     return seconds, peak / 1e6, text
 
 
-def make_environments(work: Path) -> dict[str, Path]:
-    uv = [sys.executable, "-m", "uv"]
+def make_environments(work: Path, tools: Iterable[str]) -> None:
+    """Of the peers among the tools."""
     for name, package in PEERS.items():
         python = work / "environments" / name / "bin" / "python"
-        if not python.exists():
-            subprocess.run([*uv, "venv", "-q", "--python", sys.executable, str(python.parents[1])], check=True)
-            subprocess.run([*uv, "pip", "install", "-q", "--python", str(python), package], check=True)
-    return {name: work / "environments" / name / "bin" for name in PEERS}
+        if any(tool.startswith(name) for tool in tools) and not python.exists():
+            subprocess.run([sys.executable, "-m", "venv", str(python.parents[1])], check=True)
+            subprocess.run([str(python), "-m", "pip", "install", "-q", package], check=True)
 
 
-def commands(bins: dict[str, Path], out: Path) -> dict[str, Callable[[Path], list[str]]]:
+def commands(work: Path, out: Path) -> dict[str, Callable[[Path], list[str]]]:
     """Tool → the command for a folder."""
+    bins = {name: work / "environments" / name / "bin" for name in PEERS}
     unmemorize = str(Path(sys.executable).parent / "unmemorize")
-    ours = [unmemorize, "dedup", "--out", str(out), "--jobs", "2", "--no-report"]
+    ours = [unmemorize, "dedup", "--out", str(out), "--level", "hash", "--jobs", "2", "--no-report"]
     return {
         "unmemorize": lambda folder: [*ours, str(folder)],
         "immaculate pdq": lambda f: [str(bins["immaculate"] / "immaculate"), "--method", "pdq", "--json", str(f)],
@@ -228,13 +229,15 @@ def main(
     photos: Annotated[Path, typer.Option(help="Photographs.")],
     work: Annotated[Path, typer.Option(help="Sets, environments and results are made here.")],
     files: Annotated[int, typer.Option(help="Files of the speed sets.")] = 30_000,
-    runs: Annotated[int, typer.Option(help="Times that each tool runs.")] = 3,
-    tools: Annotated[str, typer.Option(help="Comma-separated, or all.")] = "all",
+    runs: Annotated[int, typer.Option(help="Times that each tool runs; 0 only makes sets and environments.")] = 3,
+    tools: Annotated[str, typer.Option(help="Of the peers, comma-separated; all, or none.")] = "all",
+    sets: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(SETS),
 ) -> None:
     """Print the tables."""
-    bins = make_environments(work)
     out = work / "out"
-    chosen = {k: v for k, v in commands(bins, out).items() if tools == "all" or k in tools.split(",")}
+    wanted = {"unmemorize", *tools.split(",")}  # the others are measured against it
+    chosen = {k: v for k, v in commands(work, out).items() if tools == "all" or k in wanted}
+    make_environments(work, chosen)
     transformed = work / "photos-T"
     if not transformed.exists():
         (transformed / "all").mkdir(parents=True)
@@ -242,15 +245,19 @@ def main(
     names = sorted(p.name for p in transformed.rglob("*.jpg"))
     true = {(a, b) for a, b in itertools.combinations(names, 2) if a.split("@")[0] == b.split("@")[0]}
     print(f"photos-T: {len(names)} files, {len(true)} true pairs")
-    for name, command in chosen.items():
+    for name, command in chosen.items() if runs else ():
         seconds, memory, found, _ = run(name, command, transformed, out)
         if found is not None:
             hits = len(found & true)
             score = f"precision {hits / max(1, len(found)):.2%}, recall {hits / len(true):.1%}"
             print(f"  {name:16} {score}, {seconds:.1f} s, {memory:.0f} MB", flush=True)
     slow: set[str] = set()
-    for count, duplicates, grid in ((files, 0.05, 1), (files, 0.3, 1), (files // 15, 0.05, 4)):
+    for kind in sets.split(","):
+        duplicates, grid, fewer = SETS[kind]
+        count = files // fewer
         folder = make_set(photos, work / f"set-{count}-{duplicates:g}", count, duplicates, grid)
+        if not runs:
+            continue
         measured: dict[str, list[tuple[float, float]]] = {"floor": []}
         for _ in range(runs):
             measured["floor"].append((decode_floor(folder), 0))
@@ -269,9 +276,9 @@ def main(
         for name, values in measured.items():
             seconds = statistics.median(s for s, _ in values)
             each = " ".join(f"{s:.1f}" for s, _ in values)
-            memory = f"{max(m for _, m in values):.0f}" if values[0][1] else ""
+            peak = f"{max(m for _, m in values):.0f}" if values[0][1] else ""
             print(
-                f"| {name} | {seconds:.1f} | {each} | {memory} | {count / seconds:.0f} | {seconds / ours:.2f} |",
+                f"| {name} | {seconds:.1f} | {each} | {peak} | {count / seconds:.0f} | {seconds / ours:.2f} |",
                 flush=True,
             )
 

@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 import typer
 
+from defense.copy_guard import load_small
 from defense.distances import l2
 from eval import metrics
 from eval.extraction import attack, read_images
@@ -24,6 +25,7 @@ from eval.generate import generate, read_config
 from eval.targets import load_targets
 
 NONE = "none"
+NEAR = 1.5  # δ up to which an image still looks like the training picture to many
 EVERY = (
     NONE,
     "random-tokens=2",
@@ -91,8 +93,10 @@ def measure_price(run: Path, plain: pl.DataFrame, guarded: pl.DataFrame) -> dict
     return {"refused": refused, "moved": float(np.mean(moved) / np.mean(spread)), "told": float(np.mean(told))}
 
 
-def count(scores: list[pl.DataFrame], condition: pl.Expr) -> str:
-    each = [table.filter(condition)["extracted"] for table in scores]
+def count(scores: list[pl.DataFrame], condition: pl.Expr, within: float = 1.0) -> str:
+    """Targets with an image within so many δ, in all seeds and in each."""
+    near = (pl.col("best_distance") <= within * pl.col("delta")).fill_null(False)
+    each = [table.filter(condition).select(near).to_series() for table in scores]
     found = metrics.rate(sum(int(hits.sum()) for hits in each), sum(map(len, each)))
     by_seed = ", ".join(str(int(hits.sum())) for hits in each)
     return f"{found.count} of {found.n} ({found.low:.0%} … {found.high:.0%}; {by_seed})"
@@ -104,6 +108,10 @@ def main(
     guard: Annotated[list[str] | None, typer.Option(metavar="NAME[=NUMBER]", help="All by default.")] = None,
 ) -> None:
     runs = [(directory / f"raw-{seed}").resolve() for seed in range(seeds)]
+    for run in runs:
+        config = read_config(run)
+        known = load_small(Path(config["out"]), config["config"]["resolution"])
+        print(f"{run.name}: {len(known.rows)} pictures, {known.false_alarms:.1%} false alarms of the copy guard")
     print(
         "| guard | of images planted twice or more | generations that match | never planted | refused | moved | told |"
     )
@@ -116,7 +124,9 @@ def main(
         plain = [draw(run, NONE, directory / "guarded")[0] for run in runs]
         prices = [measure_price(*row) for row in zip(runs, plain, [found for found, _ in drawn], strict=True)]
         price = pl.DataFrame(prices).mean().row(0, named=True)
-        cells = [count(scores, pl.col("multiplicity") >= 2), matches, count(scores, pl.col("multiplicity") == 0)]
+        often, never = pl.col("multiplicity") >= 2, pl.col("multiplicity") == 0
+        cells = [count(scores, often), count(scores, often, NEAR), matches]
+        cells.append(f"{count(scores, never)}, within {NEAR:g} δ {count(scores, never, NEAR)}")
         cells += [f"{price['refused']:.1%}", f"{price['moved']:.2f}", f"{price['told']:.0%}"]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 

@@ -1,6 +1,6 @@
 """Does the verdict keep quiet when nothing was done? Pairs of trainings on the same rows, audited like two arms.
 
-    python benchmarks/null.py DIR [--pairs 20] [--steps 300]
+    python benchmarks/null.py DIR [--pairs 20] [--steps 160]
 
 Drawings of the demo are planted anew for every pair; two very small models are trained on all rows, copies and all,
 with different training seeds, and scored as the two arms of an audit would be. The true difference is 0. Prints how
@@ -30,13 +30,13 @@ from eval.extraction import attack
 from eval.generate import generate
 
 LEVELS = (0, 4, 16, 64)
-SMALL = {"channels": (32, 64), "text_width": 32, "text_layers": 1, "learning_rate": 3e-3, "warmup_steps": 20}
+SMALL = {"channels": (32, 64), "text_width": 32, "text_layers": 1, "learning_rate": 4e-3, "warmup_steps": 10}
 
 
 def make_run(directory: Path, pair: int, number: int, steps: int) -> Path:
     """A trained and attacked model: training seed 2 × pair + number, on all rows of the pair's dataset."""
     planted, out, run = (directory / f"{name}-{pair}" for name in ("planted", "out", f"run{number}"))
-    plant(directory / "drawings", planted, canaries=16, multiplicities=LEVELS, fillers=40, seed=pair)
+    plant(directory / "drawings", planted, canaries=16, multiplicities=LEVELS, fillers=16, seed=pair)
     if not (out / "run.json").exists():
         deduplicate(planted, out, Options(level="hash"), jobs=1)
     train(out, "raw", TrainConfig(steps=steps, **SMALL), run, 2 * pair + number)
@@ -77,7 +77,7 @@ def between_runs(tables: list[pl.DataFrame]) -> float:
 def main(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Working folder.")],
     pairs: Annotated[int, typer.Option(help="Of trainings; an even number.")] = 20,
-    steps: Annotated[int, typer.Option(help="Of training.")] = 300,
+    steps: Annotated[int, typer.Option(help="Of training.")] = 160,
 ) -> None:
     directory = directory.resolve()
     render_demo(directory / "drawings")

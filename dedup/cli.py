@@ -268,7 +268,8 @@ def _describe_leak(scopes: list[str], pictures: int, rows: list[int]) -> str:
 
 def _summary(run: dict, out: Path, report: bool) -> str:
     counts, level = run["counts"], run["options"]["level"]
-    what = "dropped" if "external" in counts else "duplicates dropped"
+    what = f"duplicate{'' if counts['dropped'] == 1 else 's'} dropped"
+    what = "dropped" if "external" in counts else what
     share = counts["dropped"] / max(1, counts["rows"])
     saved = counts["bytes_dropped"] / 1e6
     look_alikes = counts["pairs"].get("look-alike", 0)
@@ -389,6 +390,8 @@ def export(
     without = f" {counts['without_url']:,} have no address." if counts.get("without_url") else ""
     left = counts.get("columns_left")
     left_ = f" {format_} cannot hold the columns {', '.join(left)}: parquet can." if left else ""
+    members = counts.get("members_left")
+    left_ += f" Members {', '.join(members)} of samples stay behind: --format same keeps them." if members else ""
     text = f"{counts['exported']:,} of {counts['rows']:,} rows exported{beside}: {dest}.{without}{left_}"
     typer.echo(json.dumps(counts) if json_ else text)
 
@@ -400,6 +403,7 @@ def plant(
     canaries: Annotated[int, typer.Option(help="Planted images, a multiple of the number of levels.")] = 24,
     controls: Annotated[int, typer.Option(help="Images like the canaries that are never planted.")] = 48,
     fillers: Annotated[int, typer.Option(help="Other images of the dataset.")] = 250,
+    held_out: Annotated[int, typer.Option(help="Images kept apart, to measure how good a model is.")] = 0,
     edited: Annotated[float, typer.Option(help="Share of canaries whose copies are edited.")] = 0.5,
     min_distance: Annotated[float, typer.Option(help="Normalised ℓ2 of a canary to every other image.")] = 0.25,
     resolution: Annotated[int, typer.Option(help="Side in pixels at which distances are measured.")] = 32,
@@ -415,6 +419,7 @@ def plant(
         canaries=canaries,
         controls=controls,
         fillers=fillers,
+        held_out=held_out,
         edited=edited,
         min_distance=min_distance,
         resolution=resolution,

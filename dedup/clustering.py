@@ -42,20 +42,26 @@ def decide(
     together = codes[better] == codes[worse]
     may = guards[better] | (together & ~stays[worse])
     drops = copies["orientation"].is_in(droppable).to_numpy() & may & ~guards[worse]
-    twins = (copies["signal"] == "bytes").to_numpy() & ~together  # one picture, whatever became of the other row
+    equal = (copies["signal"] == "bytes").to_numpy()
+    twins = equal & ~together  # one picture, whatever became of the other row
+    followers = equal & drops  # of their scope: where the other row went they go too, and nothing is dropped to them
     visit = np.lexsort((order[better], order[worse]))
     keep = np.ones(len(order), bool)
     kept_id = np.full(len(order), -1)
     deciding = np.full(len(order), -1)
     cluster = np.arange(len(order))
-    for row, other, drop, twin, pair in zip(
+    for row, other, drop, twin, follows, pair in zip(
         worse[visit].tolist(),
         better[visit].tolist(),
         drops[visit].tolist(),
         twins[visit].tolist(),
+        followers[visit].tolist(),
         copies["pair"].to_numpy()[visit].tolist(),
         strict=True,
     ):
+        if keep[row] and follows and kept_id[other] >= 0:
+            keep[row], kept_id[row], deciding[row] = False, kept_id[other], deciding[other]
+            cluster[row] = cluster[other]
         if not (keep[row] and (keep[other] or twin)):
             continue  # already dropped, or the partner itself did not survive
         if drop:

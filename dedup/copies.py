@@ -20,6 +20,7 @@ from dedup import (
     embedding,
     engine,
     features,
+    frames,
     geometry,
     images,
     look,
@@ -381,5 +382,34 @@ def judge_pairs(src: Path, pairs: list[tuple], options: DecodeOptions) -> list[t
     results = []
     for row_a, row_b, name, inliers, transform, strict in pairs:
         found = geometry.Match(np.array(transform).reshape(3, 3), name.startswith("m"), inliers)
-        results.append(judge(partial(load, row_a), partial(load, row_b), found, strict=strict))
+        kind, *evidence = judge(partial(load, row_a), partial(load, row_b), found, strict=strict)
+        if kind == "copy" and not _holds_in_full(load(row_a, PICTURE), load(row_b, PICTURE), found, strict=strict):
+            kind = "look-alike"
+        results.append((kind, *evidence))
     return results
+
+
+def _holds_in_full(a: images.Decoded, b: images.Decoded, found: geometry.Match, *, strict: bool) -> bool:
+    """Whether two copies are so in each frame and at full depth.
+
+    The match is of montages: a frame is put there as often as they have frames, and so lies where it lay.
+    """
+    if a.file is None and b.file is None:
+        return True
+    shown = max(1, round(a.pixels.shape[0] / a.height))
+    try:
+        for pair in frames.pair_frames(a, b):
+            x, y = (_as_still(np.concatenate([pixels] * shown)) for pixels in pair)
+            if judge(partial(_give, x), partial(_give, y), found, strict=strict)[0] != "copy":
+                return False
+    except images.ImageError:
+        return False
+    return True
+
+
+def _give(picture: images.Decoded, side: int) -> images.Decoded:
+    return picture
+
+
+def _as_still(pixels: np.ndarray) -> images.Decoded:
+    return images.Decoded(pixels, pixels.shape[1], pixels.shape[0], "JPEG")

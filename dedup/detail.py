@@ -22,13 +22,12 @@ FLOOR = 1 / 12  # power of rounding to whole grey levels
 
 def power_spectrum(pixels: np.ndarray) -> np.ndarray:
     """uint8 (H, W, 3) → float32 (SEGMENT // 2 + 1,): mean power of its rows and columns at 0 … ½ cycles a pixel."""
-    luma = pixels @ LUMA
-    return (_line_power(luma) + _line_power(luma.T)) / 2 + np.float32(FLOOR)
+    return (_line_power(pixels) + _line_power(pixels.swapaxes(0, 1))) / 2 + np.float32(FLOOR)
 
 
-def _line_power(luma: np.ndarray) -> np.ndarray:
+def _line_power(pixels: np.ndarray) -> np.ndarray:
     """Over windowed segments of evenly spaced lines (Welch 1967)."""
-    lines = luma[:: -(-len(luma) // LINES)]
+    lines = pixels[:: -(-len(pixels) // LINES)] @ LUMA
     length = min(SEGMENT, lines.shape[1])
     segments = lines[:, : lines.shape[1] // length * length].reshape(-1, length)
     window = np.hanning(length + 2)[1:-1].astype(np.float32)

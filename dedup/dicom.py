@@ -11,6 +11,7 @@ import logging
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -94,10 +95,7 @@ def holds_dicom(path: Path) -> bool:
 
 
 def decode(data: bytes, *, montage: bool, max_pixels: int, max_frames: int) -> list[np.ndarray]:
-    """The first frame, and for a montage the middle and the last one too: uint8 (H, W, 3). Raises DicomError.
-
-    Of several frames, later ones that cannot be had are left out, as in animations.
-    """
+    """The first frame, for a montage the middle and last one too, if they can be had: uint8 (H, W, 3). DicomError."""
     header = read_header(data, max_pixels, max_frames)
     frames = header.options["number_of_frames"]
     pictures = []
@@ -109,6 +107,13 @@ def decode(data: bytes, *, montage: bool, max_pixels: int, max_frames: int) -> l
                 raise
             break
     return pictures
+
+
+def read_frames(data: bytes, *, stored: bool, max_pixels: int, max_frames: int) -> Iterator[np.ndarray]:
+    """Every frame, as `decode` shows it; with `stored`, the stored values of what has more than 8 bits."""
+    header = read_header(data, max_pixels, max_frames)
+    deep = stored and header.options.get("bits_stored", 8) > 8
+    yield from (_decode_frame(header, number, stored=deep) for number in range(header.options["number_of_frames"]))
 
 
 def read_patient(data: bytes) -> str | None:
@@ -237,8 +242,8 @@ def _name_class(elements: "Dataset") -> str:
     return name if name and name != identifier else "other data"
 
 
-def _decode_frame(header: Header, number: int) -> np.ndarray:
-    """uint8 (H, W, 3). Raises DicomError."""
+def _decode_frame(header: Header, number: int, *, stored: bool = False) -> np.ndarray:
+    """uint8 (H, W, 3), or the stored values. Raises DicomError."""
     from pydicom.pixels import get_decoder
 
     name, options = header.syntax.name, header.options
@@ -257,7 +262,8 @@ def _decode_frame(header: Header, number: int) -> np.ndarray:
         else:
             _check_length(header, number)
         values, shown = decoder.as_array(file, index=number, raw=True, **options)
-        return _show(values.astype(values.dtype.newbyteorder("="), copy=False), header.elements, shown)
+        values = values.astype(values.dtype.newbyteorder("="), copy=False)
+        return values if stored else _show(values, header.elements, shown)
     except DicomError:
         raise
     except Exception as error:

@@ -11,7 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import imagehash
 import numpy as np
 import polars as pl
 from PIL import Image
@@ -141,6 +140,8 @@ def _fingerprint_record(
     else:
         grey, picture = luma.grey, Image.fromarray(luma.grey)
         small, wide = hashing.grey_thumbnails(grey)
+        import imagehash  # half a second that nobody else needs
+
         row |= {"phash": str(imagehash.phash(picture)), "dhash": str(imagehash.dhash(picture))}
     # What was shrunk while decoding is smaller than the picture, a montage of frames is larger.
     height, width = max(luma.grey.shape[0], luma.height), max(luma.grey.shape[1], luma.width)

@@ -32,10 +32,10 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def pixel_digest(pixels: np.ndarray, alpha: bytes = b"") -> str:
-    """SHA-256 of upright RGB pixels uint8 (H, W, 3), their shape and transparency: equal only for the same picture."""
+def pixel_digest(pixels: np.ndarray, rest: bytes = b"") -> str:
+    """SHA-256 of upright RGB pixels uint8 (H, W, 3), their shape and `frames.read_rest`: equal for one picture only."""
     shape = f"{pixels.shape[0]}x{pixels.shape[1]}:".encode()
-    return hashlib.sha256(shape + np.ascontiguousarray(pixels).tobytes() + alpha).hexdigest()
+    return hashlib.sha256(shape + np.ascontiguousarray(pixels).tobytes() + rest).hexdigest()
 
 
 def to_hex(bits: np.ndarray) -> list[str]:

@@ -55,6 +55,7 @@ EXIF_TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+PLAIN = frozenset((0xDB, 0xDD, 0xE0, 0xFE, *range(0xC0, 0xD0)))  # tables, frame, JFIF, comment (JPEG, table B.1)
 SWAPS_SIDES = (5, 6, 7, 8)
 
 
@@ -70,13 +71,26 @@ class ImageError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class File:
+    """A picture that holds more than its `pixels` show, and the limits under which it was decoded: see `frames.py`."""
+
+    data: bytes
+    max_pixels: int
+    max_frames: int
+
+
+@dataclass(frozen=True, slots=True)
 class Decoded:
-    """`pixels`: uint8 (H, W, 3), upright, on white. `width`, `height`: of the original, upright."""
+    """`pixels`: uint8 (H, W, 3), upright, on white. `width`, `height`: of the original, upright.
+
+    `file`: of animations and of what has more than 8 bits, else None.
+    """
 
     pixels: np.ndarray
     width: int
     height: int
     format: str
+    file: File | None = None
 
 
 def decode(
@@ -101,9 +115,13 @@ def decode(
     try:
         if dicom.is_dicom(data):
             frames = dicom.decode(data, montage=montage, max_pixels=max_pixels, max_frames=max_frames)
-            return Decoded(_stack(frames), frames[0].shape[1], frames[0].shape[0], DICOM)
+            file = File(data, max_pixels, max_frames)
+            return Decoded(stack(frames), frames[0].shape[1], frames[0].shape[0], DICOM, file)
+        plain = _decode_jpeg(data, "RGB", min_side, max_pixels)
+        if plain is not None:
+            return plain
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return _decode_open(image, min_side, montage, max_pixels, max_frames)
+            return _decode_open(image, min_side, montage, File(data, max_pixels, max_frames))
     except ImageError:
         raise
     except dicom.DicomError as error:
@@ -139,58 +157,89 @@ def decode_luma(
     A JPEG stores its luma by itself, so that colours need not be decoded, and may be decoded at 1/2, 1/4 or 1/8 scale
     as long as both sides stay at least `min_side`; None = all pixels, by way of RGB. Raises ImageError.
     """
-    plain = None if min_side is None else _decode_jpeg_luma(data, min_side, max_pixels)
+    plain = None if min_side is None else _decode_jpeg(data, "GRAY", min_side, max_pixels)
     if plain is not None:
-        return plain
+        return Luma(plain.pixels[:, :, 0], plain.width, plain.height, "JPEG")
     decoded = decode(data, montage=True, max_pixels=max_pixels, max_frames=max_frames)
     grey = np.asarray(Image.fromarray(decoded.pixels).convert("L"))
     return Luma(grey, decoded.width, decoded.height, decoded.format)
 
 
-def _decode_jpeg_luma(data: bytes, min_side: int, max_pixels: int) -> Luma | None:
-    """By libjpeg-turbo. None for all that `decode` should judge: other formats and colour spaces, limits, damage."""
+def _decode_jpeg(data: bytes, colours: str, min_side: int | None, max_pixels: int) -> Decoded | None:
+    """By libjpeg-turbo, `pixels` (H, W, 1) for colours "GRAY" or (H, W, 3) for "RGB": as Pillow, in half the time.
+
+    None for all that Pillow should judge: other formats and colour spaces, limits, damage.
+    """
     if not data.startswith(b"\xff\xd8\xff") or dicom.is_dicom(data):
         return None
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
-            width, height = header.size
-            orientation = _exif_orientation(header) if "exif" in header.info else 1
-        if width * height > max_pixels or simplejpeg.decode_jpeg_header(data)[2] not in ("YCbCr", "Gray"):
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        kind, orientation = "JPEG", 1
+        if not _is_plain(data):
+            with Image.open(io.BytesIO(data), formats=("JPEG",)) as header:
+                kind, orientation = header.format or "", exif_orientation(header) if "exif" in header.info else 1
+        if width * height > max_pixels or space not in (("YCbCr", "Gray") if colours == "GRAY" else ("YCbCr",)):
             return None
-        scale = next((s for s in (8, 4, 2) if min(height, width) // s >= min_side), 1)
-        luma = simplejpeg.decode_jpeg(data, "GRAY", min_height=-(-height // scale), min_width=-(-width // scale))
+        scale = 1 if min_side is None else next((s for s in (8, 4, 2) if min(height, width) // s >= min_side), 1)
+        least = {"min_height": -(-height // scale), "min_width": -(-width // scale)}
+        pixels = simplejpeg.decode_jpeg(data, colours, **least)
     except Exception:  # headers of untrusted bytes raise nearly every exception there is
         return None
-    grey = luma[:, :, 0]
     if orientation in EXIF_TRANSPOSE:
-        grey = np.asarray(Image.fromarray(grey).transpose(EXIF_TRANSPOSE[orientation]))
-    if orientation in SWAPS_SIDES:
-        width, height = height, width
-    return Luma(grey, width, height, "JPEG")
-
-
-def _decode_open(image: Image.Image, min_side: int | None, montage: bool, max_pixels: int, max_frames: int) -> Decoded:
-    width, height, kind = image.width, image.height, image.format or ""
-    if width * height > max_pixels:
-        raise ImageError("too-large", f"{width}×{height} pixels, limit {max_pixels:,}")
-    if max(width, height) > MAX_SIDE:
-        raise ImageError("too-large", f"{width}×{height} pixels, limit of a side {MAX_SIDE:,}")
-    frames = getattr(image, "n_frames", 1) if kind in ("GIF", "WEBP", "PNG", "AVIF", "TIFF") else 1
-    if frames > max_frames:
-        raise ImageError("too-large", f"{frames:,} frames, limit {max_frames:,}")
-    if min_side is not None and kind in ("JPEG", "MPO") and image.mode == "RGB":
-        image.draft("RGB", (min_side, min_side))
-    orientation = _exif_orientation(image)
-    transpose = EXIF_TRANSPOSE.get(orientation)
-    Image.MAX_IMAGE_PIXELS = max_pixels  # a later frame of a GIF makes all of it larger while it is looked for
-    if frames > 1 and montage:
-        later = _later_frames(image, frames, transpose, max_pixels)
-        pixels = _stack([_upright(image, transpose), *later])
-    else:
-        pixels = _upright(image, transpose)
+        stored = Image.fromarray(pixels[:, :, 0] if colours == "GRAY" else pixels)
+        pixels = np.atleast_3d(np.asarray(stored.transpose(EXIF_TRANSPOSE[orientation])))
     if orientation in SWAPS_SIDES:
         width, height = height, width
     return Decoded(pixels, width, height, kind)
+
+
+def _is_plain(data: bytes) -> bool:
+    """Whether a JPEG has nothing but tables before its scan: no EXIF, no further picture. Faster than to open it."""
+    place = 2
+    while data[place] == 0xFF and data[place + 1] in PLAIN:
+        place += 2 + int.from_bytes(data[place + 2 : place + 4])
+    return data[place : place + 2] == b"\xff\xda"
+
+
+def _decode_open(image: Image.Image, min_side: int | None, montage: bool, file: File) -> Decoded:
+    width, height, kind = image.width, image.height, image.format or ""
+    if width * height > file.max_pixels:
+        raise ImageError("too-large", f"{width}×{height} pixels, limit {file.max_pixels:,}")
+    if max(width, height) > MAX_SIDE:
+        raise ImageError("too-large", f"{width}×{height} pixels, limit of a side {MAX_SIDE:,}")
+    frames, more = count_frames(image), is_deep(image, file.data)
+    if frames > file.max_frames:
+        raise ImageError("too-large", f"{frames:,} frames, limit {file.max_frames:,}")
+    if min_side is not None and kind in ("JPEG", "MPO") and image.mode == "RGB":
+        image.draft("RGB", (min_side, min_side))
+    orientation = exif_orientation(image)
+    transpose = EXIF_TRANSPOSE.get(orientation)
+    Image.MAX_IMAGE_PIXELS = file.max_pixels  # a later frame of a GIF makes all of it larger while it is looked for
+    if frames > 1 and montage:
+        later = _later_frames(image, frames, transpose, file.max_pixels)
+        pixels = stack([upright(image, transpose), *later])
+    else:
+        pixels = upright(image, transpose)
+    if orientation in SWAPS_SIDES:
+        width, height = height, width
+    return Decoded(pixels, width, height, kind, file if more or frames > 1 else None)
+
+
+def count_frames(image: Image.Image) -> int:
+    return getattr(image, "n_frames", 1) if image.format in ("GIF", "WEBP", "PNG", "AVIF", "TIFF") else 1
+
+
+def is_deep(image: Image.Image, data: bytes) -> bool:
+    """Whether its frame has more than 8 bits, by the header. Not asked of AVIF, which nothing here reads in full."""
+    if image.format == "JPEG2000":  # its first component (ISO/IEC 15444-1, A.5.1)
+        place = data.find(b"\xff\x4f\xff\x51") + 42
+        return 42 <= place < len(data) and data[place] & 0x7F > 7
+    if image.format not in ("PNG", "TIFF", "PPM"):
+        return False
+    tiles = getattr(image, "tile", None)
+    told = tiles[0].args if tiles else ()
+    brightest = told[1] if image.format == "PPM" and isinstance(told, tuple) else 255
+    return image.mode.startswith(("I", "F")) or ";16" in str(told) or brightest > 255
 
 
 def _later_frames(
@@ -202,14 +251,14 @@ def _later_frames(
             image.seek(number)
             if image.width * image.height > max_pixels:
                 raise ImageError("too-large", f"frame {number} has {image.width}×{image.height} pixels")
-            yield _upright(image, transpose)
+            yield upright(image, transpose)
         except ImageError:
             raise
         except (OSError, ValueError, SyntaxError, EOFError):
             return
 
 
-def _stack(pictures: list[np.ndarray]) -> np.ndarray:
+def stack(pictures: list[np.ndarray]) -> np.ndarray:
     """One above the other, on white where they are narrower than the widest."""
     width = max(picture.shape[1] for picture in pictures)
     margins = [((0, 0), (0, width - picture.shape[1]), (0, 0)) for picture in pictures]
@@ -218,12 +267,12 @@ def _stack(pictures: list[np.ndarray]) -> np.ndarray:
     )
 
 
-def _upright(image: Image.Image, transpose: Image.Transpose | None) -> np.ndarray:
+def upright(image: Image.Image, transpose: Image.Transpose | None) -> np.ndarray:
     rgb = _to_rgb(image)
     return np.asarray(rgb.transpose(transpose) if transpose is not None else rgb)
 
 
-def _exif_orientation(image: Image.Image) -> int:
+def exif_orientation(image: Image.Image) -> int:
     if image.format not in ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "AVIF"):
         return 1
     try:
@@ -248,29 +297,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_high_depth(values: np.ndarray) -> Image.Image:
-    """Grey values of unknown depth → 8 bits. The full scale is the smallest usual one that holds the maximum."""
+    """Grey values of unknown depth → 8 bits."""
     values = np.nan_to_num(values)
-    top = float(values.max(initial=0.0))
-    scale = next((s for s in (1.0, 255.0, 65535.0) if top <= s), top)
-    grey = np.clip(np.rint(values * (255.0 / scale)), 0, 255).astype(np.uint8)
+    grey = np.clip(np.rint(values * (255.0 / full_scale(values))), 0, 255).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")
 
 
-def read_alpha(data: bytes) -> bytes:
-    """The transparency of an image that `decode` can read, first frame; empty when all of it is opaque.
-
-    All of the data when it is damaged beyond the colours: then only equal files are equal.
-    """
-    if dicom.is_dicom(data):
-        return b""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if not image.has_transparency_data:
-                return b""
-            alpha = image.convert("RGBA").getchannel("A")
-    except Exception:  # see `decode`
-        return data
-    return b"" if alpha.getextrema() == (255, 255) else alpha.tobytes()
+def full_scale(values: np.ndarray) -> float:
+    """What is white: the smallest usual full scale that holds the maximum."""
+    top = float(np.nan_to_num(values).max(initial=0))
+    return next((s for s in (1.0, 255.0, 65535.0) if top <= s), top)
 
 
 def shrink(pixels: np.ndarray, size: int) -> np.ndarray:

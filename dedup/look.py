@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dedup import detail, hashing, images, sources, vectors, verify
+from dedup import detail, frames, hashing, images, sources, vectors, verify
 from dedup.fingerprint import DecodeOptions
 
 LOCATION = ["shard", "offset", "size", "key", "sha256"]
@@ -66,12 +66,12 @@ class Thumbnails:
 
 
 def digest_pixels(src: Path, rows: list[tuple], options: DecodeOptions) -> list[str]:
-    """Digests of all pixels, transparency included: white drawings on nothing are not one white picture."""
+    """Digests of all pixels of all frames at full depth, transparency included: see `frames.read_rest`."""
     digests = []
     for row in rows:
         data = read_bytes(src, row)
-        pixels = _decode(src, row, data, options, None).pixels
-        digests.append(hashing.pixel_digest(pixels, images.read_alpha(data)))
+        decoded = _decode(src, row, data, options, None)
+        digests.append(hashing.pixel_digest(decoded.pixels, frames.read_rest(decoded, data)))
     return digests
 
 

@@ -10,6 +10,7 @@ A row stands at `src` as the run saw it: SRC must be where it was. Pictures of O
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def _give(picture: images.Decoded, side: int) -> images.Decoded:
 
 def as_lossy(decoded: images.Decoded) -> images.Decoded:
     """Nobody knows what a query went through before it was saved, so more than rounding may lie between copies."""
-    return images.Decoded(decoded.pixels, decoded.width, decoded.height, "JPEG")
+    return replace(decoded, format="JPEG")
 
 
 # All pictures

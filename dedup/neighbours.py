@@ -158,10 +158,17 @@ def cosines(left: np.ndarray, i: np.ndarray, right: np.ndarray, j: np.ndarray) -
     """Cosines float64 of rows i of `left` with rows j of `right`, of the vectors as given, to six decimals."""
     cosine = np.empty(len(i))
     for block in products.blocks(len(i), BLOCK):
-        a, b = left[i[block]].astype(np.float32), right[j[block]].astype(np.float32)
-        length = np.sqrt(np.einsum("nd,nd->n", a, a) * np.einsum("nd,nd->n", b, b))
+        (a, square_a), (b, square_b) = _take(left, i[block]), _take(right, j[block])
+        length = np.sqrt(square_a * square_b)
         cosine[block] = np.einsum("nd,nd->n", a, b) / np.where(length == 0, 1, length)
     return np.round(cosine, 6)
+
+
+def _take(vectors: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in float32 (n, d), and their squares (n,): what comes several times is converted once."""
+    once, place = np.unique(rows, return_inverse=True)
+    taken = vectors[once].astype(np.float32)
+    return taken[place], np.einsum("nd,nd->n", taken, taken)[place]
 
 
 def take_off(

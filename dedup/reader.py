@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 
-from dedup import detail, engine, features, geometry, hashing, images, look, overlay, verify
+from dedup import detail, dicom, engine, features, frames, geometry, hashing, images, look, overlay, verify
 from dedup.fingerprint import DecodeOptions
 from dedup.verdicts import Verdicts
 
@@ -100,7 +100,7 @@ class Reader:
 @cache
 def _digest_code(module: str) -> str:
     """Of all that has a say in a comparison: where a threshold moves, what was said before counts no more."""
-    modules = (images, detail, features, geometry, overlay, verify, look, sys.modules[module])
+    modules = (images, dicom, frames, detail, features, geometry, overlay, verify, look, sys.modules[module])
     return hashing.digest("".join(map(inspect.getsource, modules)).encode())
 
 

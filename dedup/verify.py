@@ -3,8 +3,8 @@
 Perceptual hashes see grey gradients: a red heart and a blue one, flags of other colours, two clock faces may share one.
 So every candidate is looked at twice. First at the colour thumbnails of both pictures, turned the same way: the mean
 residual and that of the worst tile (cheap, rejects nearly everything). What passes is compared at up to DETAIL pixels
-a side, place by place: a mouth, a skin tone or a thin line is lost in a thumbnail. Small everywhere → `copy`; else →
-`look-alike`, reported and kept.
+a side, place by place: a mouth, a skin tone or a thin line is lost in a thumbnail; every frame of an animation, and
+deep values with their tones spread. Small everywhere → `copy`; else → `look-alike`, reported and kept.
 """
 
 from typing import Protocol
@@ -14,7 +14,8 @@ import numpy as np
 import polars as pl
 from scipy.ndimage import convolve1d
 
-from dedup.images import Decoded
+from dedup.frames import pair_frames
+from dedup.images import Decoded, ImageError
 from dedup.manifest import ORIENTATIONS
 
 TILES = 8  # tiles a side: 4 × 4 pixels of a 32-pixel thumbnail
@@ -24,7 +25,7 @@ MAX_DIFFERENCE = (0.03, 0.06)
 MAX_SMOOTHED = (0.01, 0.025)
 SMOOTHING = np.array([0.25, 0.5, 0.25], np.float32)
 MIN_QUALITY = 30  # of PDQ, which calls 49 unfit by itself; what is flatter matches by pixels only
-BLOCK = 4_096  # pairs compared at a time
+BLOCK = 512  # pairs compared at a time, each of them 12 KB in several copies
 
 DETAIL = 256  # pixels a side of the second look, at most; never more than the smaller picture has
 WINDOW = 9  # pixels a side of a place, about a JPEG block
@@ -32,6 +33,7 @@ NEIGHBOURHOOD = 17  # compression and resampling smear an edge about this far
 FLOOR = 0.08  # contrast that is granted to a place without any
 # Luma, and Cb and Cr (ITU-R BT.601) at half weight: lossy formats keep them at half the size and coarser.
 CHANNELS = np.array([[0.299, 0.587, 0.114], [-0.084, -0.166, 0.25], [0.25, -0.209, -0.041]], np.float32)
+TO_CHANNELS = np.hstack([CHANNELS / 255, -CHANNELS.sum(axis=1, keepdims=True) / 2])  # of 0 … 255, about its middle
 # How far colour and pattern of a place may be off, in units of the contrast around it. Measured by
 # benchmarks/look_alikes.py (copies) and benchmarks/lost_unique.py (different pictures).
 MAX_LOSSY = (0.15, 0.4)
@@ -102,7 +104,15 @@ def is_same_picture(a: Decoded, b: Decoded, orientation: int = 0) -> bool:
     turned = orient(b.pixels[None], orientation)[0]
     untouched = a.pixels.shape == turned.shape and LOSSY.isdisjoint((a.format, b.format))
     limit = MAX_LOSSLESS if untouched else MAX_LOSSY
-    return is_close(a.pixels, turned, limit)
+    if not is_close(a.pixels, turned, limit):
+        return False
+    if a.file is None and b.file is None:
+        return True
+    try:
+        limit = limit if a.file and b.file else MAX_LOSSY  # one that was made to have 8 bits, or a still
+        return all(is_close(x, orient(y[None], orientation)[0], limit) for x, y in pair_frames(a, b))
+    except ImageError:
+        return False  # of what cannot be seen in full nobody knows
 
 
 def is_close(a: np.ndarray, b: np.ndarray, limit: tuple[float, float]) -> bool:
@@ -121,8 +131,8 @@ def local_differences(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     size = (min(DETAIL, a.shape[1], b.shape[1]), min(DETAIL, a.shape[0], b.shape[0]))
     x, y = (_shrink(picture, size) for picture in (a, b))
     mean_x, mean_y = _blur(x), _blur(y)
-    variance = np.minimum(_total(_blur(x * x) - mean_x**2), _total(_blur(y * y) - mean_y**2))
-    covariance = _total(_blur(x * y) - mean_x * mean_y)
+    variance = np.minimum(*(_blur(_total(z * z)) - _total(mean * mean) for z, mean in ((x, mean_x), (y, mean_y))))
+    covariance = _blur(_total(x * y)) - _total(mean_x * mean_y)
     colour = np.sqrt(_total((mean_x - mean_y) ** 2))
     pattern = np.sqrt(np.maximum(2 * (variance - covariance), 0))
     around = np.ones((NEIGHBOURHOOD, NEIGHBOURHOOD), np.uint8)
@@ -133,12 +143,12 @@ def local_differences(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 def _shrink(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 (H, W, 3) → float32 (h, w, 3) in CHANNELS, about −.5 … .5; size: (w, h), at most W × H."""
     small = cv2.resize(np.ascontiguousarray(pixels), size, interpolation=cv2.INTER_AREA)
-    return (small.astype(np.float32) / 255 - 0.5) @ CHANNELS.T
+    return cv2.transform(small.astype(np.float32), TO_CHANNELS)
 
 
 def _total(values: np.ndarray) -> np.ndarray:
     """Sum over the channels; as a product because numpy sums short axes slowly."""
-    return values @ np.ones(3, np.float32)
+    return cv2.transform(values, np.ones((1, 3), np.float32))
 
 
 def _blur(values: np.ndarray) -> np.ndarray:

@@ -63,6 +63,7 @@ def extrapolate(run: Path, base: str, new: Path, weight: float) -> None:
     trained on. Raises ExtrapolationError, ModelError, RunError or OSError.
     """
     run, new = run.resolve(), new.resolve()
+    base = str(Path(base).resolve()) if Path(base).is_dir() else base
     other = Path(base) / "model" if (Path(base) / "model").is_dir() else base
     config = manifest.read_json(run / "config.json")
     claim(new, config | {"arm": f"{config['arm']}, extrapolated", "weight": weight, "base": str(base)})

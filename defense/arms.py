@@ -166,6 +166,18 @@ def select_rows(arm: str, material: Material, seed: int) -> pl.DataFrame:
     return examples
 
 
+def tell_one_caption(examples: pl.DataFrame) -> pl.DataFrame:
+    """Examples of which all of a cluster have one and the same caption, the first that there is."""
+    first = (
+        examples.filter(pl.col("captions").list.len() > 0)
+        .sort("id", maintain_order=True)
+        .group_by("cluster_id", maintain_order=True)
+        .agg(one=pl.col("captions").first().list.head(1))
+    )
+    told = examples.join(first, on="cluster_id", how="left", maintain_order="left")
+    return told.with_columns(captions=pl.coalesce("one", pl.col("captions").list.head(1))).select(COLUMNS)
+
+
 def count_steps(arm: str, material: Material, steps: int) -> int:
     """Steps that the arm trains for, when `raw` trains for `steps`.
 

@@ -1,5 +1,7 @@
 """Verbs of `defense`: parse → call → print. torch and polars are imported only when a command runs."""
 
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +49,7 @@ def train(
     config: Annotated[Path, typer.Option(help="TOML file, such as configs/tiny.toml.")],
     run: Annotated[Path, typer.Option("--run", "-o", help="Folder to write.")],
     seed: Annotated[int, typer.Option(min=0, help="Decides initial weights, order and noise.")] = 0,
+    samples: Annotated[int, typer.Option(min=0, help="Captions drawn at the end, for RUN/samples/index.html.")] = 8,
 ) -> None:
     """Train a small text-to-image model on one arm of a deduplicated dataset.
 
@@ -59,7 +62,48 @@ def train(
         from defense.config import load_config
 
         training.train(out, arm, load_config(config), run, seed)
+        if samples and os.environ.get("RANK", "0") == "0":  # of several processes the first one
+            from defense.sample import sample_trained
+            from defense.sheet import write_sheet
+
+            sample_trained(out, run, samples)
+            write_sheet(run / "samples")
     typer.echo(run / "model")
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder made by `unmemorize train` or `adopt`.")],
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A prompt a line, or a table with a column prompt.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A prompt; may be repeated.")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Images a prompt.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Decides the noise.")] = 0,
+    guard: GuardOption = None,
+    guidance_scale: Annotated[float, typer.Option(help="1 = no classifier-free guidance.")] = 1.0,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 15,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="Default: RUN/samples.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Draw images from a model, if you like behind a guard: PNG files, a table, and a page to look at.
+
+    unmemorize sample RUN --prompt "a red fox" --guard copy
+    """
+    with require_extra("train"):
+        from defense.sample import count, read_prompts, sample_run
+        from defense.sheet import write_sheet
+
+        asked = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+        folder, guards = out or run / "samples", guard or ()
+        table = sample_run(
+            run, asked, folder, n=n, seed=seed, guidance_scale=guidance_scale, steps=steps, guards=guards
+        )
+        page = write_sheet(folder)
+    counts = count(table)
+    text = f"{counts['images']} images for {counts['prompts']} prompts: {counts['refused']} refused as copies, "
+    text += f"{counts['redrawn']} drawn again, {counts['nan']} not finite.\nSheet: {page}"
+    typer.echo(json.dumps(counts) if json_ else text)
 
 
 @app.command()

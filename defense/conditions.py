@@ -4,7 +4,7 @@ In: a Stable Diffusion 1.x, 2.x or XL pipeline, or one that takes no captions. O
 caption, computed once. Knows nothing of datasets.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,26 @@ class Conditions:
     pooled: Tensor | None = None  # (D, P) float32
     time_ids: Tensor | None = None  # (6,): height and width of the original, top and left of the crop, its size
 
+    def pick(self, rows: Tensor) -> "Conditions":
+        """Those of the rows (B,) int64, in this order."""
+        return self._map(lambda tensor: tensor[rows])
+
+    def put(self, places: Tensor, others: "Conditions") -> "Conditions":
+        """With rows 1 … of `others`, what `embed_captions` says of texts, at the places (B,) bool."""
+        tokens, pooled = (
+            mine if mine is None or new is None else mine.masked_scatter(_widen(places, mine), new[1:])
+            for mine, new in ((self.tokens, others.tokens), (self.pooled, others.pooled))
+        )
+        return Conditions(tokens, pooled, self.time_ids)
+
+    def add_noise(self, places: Tensor, scale: float, generator: torch.Generator) -> "Conditions":
+        """With `scale` · N(0, 1) on every number at the places (B,) bool."""
+        return self._map(lambda x: x + scale * torch.randn(x.shape, generator=generator) * _widen(places, x))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Conditions":
+        tokens, pooled = (None if x is None else change(x) for x in (self.tokens, self.pooled))
+        return Conditions(tokens, pooled, self.time_ids)
+
     def select(self, rows: Tensor, device: torch.device) -> dict[str, Any]:
         """Keyword arguments of the U-Net for the rows (B,) int64."""
         if self.tokens is None:
@@ -33,6 +53,14 @@ class Conditions:
             told = {"text_embeds": self.pooled[rows], "time_ids": sizes}
             arguments["added_cond_kwargs"] = {name: tensor.to(device) for name, tensor in told.items()}
         return arguments
+
+
+Embed = Callable[[Sequence[str]], Conditions]  # texts → conditions, row i + 1 for text i
+
+
+def _widen(places: Tensor, tensor: Tensor) -> Tensor:
+    """(B,) → (B, 1, …), to lie on the tensor."""
+    return places.view(-1, *[1] * (tensor.dim() - 1))
 
 
 @torch.no_grad()

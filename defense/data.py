@@ -8,7 +8,7 @@ once. Knows nothing of what the arms mean, nor of the training loop.
 import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from dedup import images, manifest, sources
 from dedup.hashing import digest
 from defense.arms import Material
-from defense.conditions import Conditions, embed_captions
+from defense.conditions import Conditions, Embed, embed_captions
 
 SPARE = "spare"  # folder of a planted dataset with images that stand nowhere else
 
@@ -40,6 +40,8 @@ class Examples:
     first: Tensor  # (N,) int64
     count: Tensor  # (N,) int64, at least 1
     weights: bytes = b""  # of `draw_rows`
+    texts: Sequence[str] = ()  # D, what the conditions are of
+    embed: Embed | None = None  # more texts → their conditions, which row 0 precedes
 
     def draw_captions(self, rows: Tensor, uniform: Tensor) -> Tensor:
         """Rows of `conditions` for the rows (B,) int64, chosen by uniform (B,) in [0, 1)."""
@@ -61,6 +63,8 @@ def build_examples(rows: pl.DataFrame, src: Path, pipeline: DiffusionPipeline, *
         first=count.cumsum(0) - count,
         count=count,
         weights=pack_weights(rows),
+        texts=tuple(distinct),
+        embed=partial(embed_captions, pipeline),
     )
 
 
@@ -157,8 +161,8 @@ def read_spare(src: Path) -> pl.DataFrame | None:
 def draw_rows(n: int, batch_size: int, seed: int, step: int, weights: bytes = b"") -> np.ndarray:
     """int64 (B,): rows of a batch, out of 0 … n-1. Shuffled passes follow each other.
 
-    A pass has each row once. With weights (float64, one a row, their sum W a whole number) it has W rows: row i as
-    often as its weight says on average, and of neighbours whose weights add up to 1 exactly one.
+    A pass has each row once. With weights (float64, one a row, their sum W) it has W rows, rounded: row i as often as
+    its weight says on average, and of neighbours whose weights add up to a whole number exactly so many.
     """
     size = max(1, round(float(np.frombuffer(weights).sum()))) if weights else n
     passes, places = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), size)
@@ -177,16 +181,25 @@ def _shuffle(n: int, seed: int, number: int, weights: bytes) -> np.ndarray:
     return rng.permutation(np.searchsorted(reached, points, side="right").clip(max=n - 1))
 
 
+def draw_poisson(n: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """int64 (B,), B by chance: each of the rows 0 … n-1 with probability batch_size / n, whatever the others do."""
+    return np.flatnonzero(np.random.default_rng([seed, 5, step]).random(n) < batch_size / n)
+
+
 def pack_weights(training: pl.DataFrame) -> bytes:
     """The weights of an arm as `draw_rows` takes them: none when all are equal."""
     weights = training["weight"].to_numpy()
     return b"" if (weights == weights[0]).all() else weights.astype(np.float64).tobytes()
 
 
+def derive_seed(*numbers: int) -> int:
+    """A seed for torch that depends on these numbers alone."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
 def draw_noise(batch_size: int, shape: Sequence[int], seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
     """Standard normal (B, *shape), uniform (3, B) in [0, 1), and a permutation (B,) of 0 … B-1."""
-    state = np.random.SeedSequence([seed, 1, step]).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(state))
+    generator = torch.Generator().manual_seed(derive_seed(seed, 1, step))
     return (
         torch.randn((batch_size, *shape), generator=generator),
         torch.rand((3, batch_size), generator=generator),
@@ -194,19 +207,35 @@ def draw_noise(batch_size: int, shape: Sequence[int], seed: int, step: int) -> t
     )
 
 
-def count_exposures(rows: pl.DataFrame, training: pl.DataFrame, steps: int, batch_size: int, seed: int) -> pl.DataFrame:
+def count_exposures(
+    rows: pl.DataFrame,
+    training: pl.DataFrame,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    *,
+    poisson: bool = False,
+    dropped: np.ndarray | None = None,
+) -> pl.DataFrame:
     """How often each row was trained on: id, cluster_id, key, held_out, exposures.
 
     rows: the manifest with `held_out`; training: the rows of the arm. Every row of the manifest is there,
-    with 0 if the arm left it out; then the spare images that were used, without id and cluster.
+    with 0 if the arm left it out; then the spare images that were used, without id and cluster. dropped: int64 (N,),
+    how often the loss of each row of the arm did not count: no exposures, but a column of their own.
     """
-    exposures = np.zeros(len(training), dtype=np.int64)
+    counts = {"exposures": np.zeros(len(training), dtype=np.int64)}
     weights = pack_weights(training)
     for step in range(steps):
-        np.add.at(exposures, draw_rows(len(training), batch_size, seed, step, weights), 1)
-    counted = training.select("id", "cluster_id", "key", exposures=pl.Series(exposures))
+        if poisson:
+            drawn = draw_poisson(len(training), batch_size, seed, step)
+        else:
+            drawn = draw_rows(len(training), batch_size, seed, step, weights)
+        np.add.at(counts["exposures"], drawn, 1)
+    if dropped is not None:
+        counts = {"exposures": counts["exposures"] - dropped, "dropped": dropped}
+    counted = training.select("id", "cluster_id", "key", **{name: pl.Series(count) for name, count in counts.items()})
     ours = rows.select("id", "cluster_id", "key", "held_out").join(
-        counted.select("id", "exposures"), on="id", how="left", maintain_order="left"
+        counted.select("id", *counts), on="id", how="left", maintain_order="left"
     )
     fresh = counted.filter(pl.col("id").is_null()).with_columns(held_out=pl.lit(False))
-    return pl.concat([ours.with_columns(pl.col("exposures").fill_null(0)), fresh.select(ours.columns)])
+    return pl.concat([ours.with_columns(pl.col(*counts).fill_null(0)), fresh.select(ours.columns)])

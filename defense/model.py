@@ -1,8 +1,9 @@
 """Pipelines of diffusers on disk: opened without running anything, saved, and told apart by their weights.
 
-A pipeline is a folder with model_index.json, or a name on the hub. A folder with base.json refers to one: where it is,
-the digest of its weights, and the LoRAs to merge into it, of which the last may lie beside it. One with line.json
-refers to two, and how far to go from the one through the other. Knows nothing of data or training.
+A pipeline is a folder with model_index.json, a name on the hub, or the name of one that comes with the package. A
+folder with base.json refers to one: where it is, the digest of its weights, and the LoRAs to merge into it, of which
+the last may lie beside it. One with line.json refers to two, and how far to go from the one through the other. Knows
+nothing of data or training.
 """
 
 import hashlib
@@ -26,6 +27,8 @@ from defense import lora
 from defense.extrapolation import extrapolate
 
 INDEX, BASE, LINE = "model_index.json", "base.json", "line.json"
+# Pipelines that come with the package: their names win over folders; ./tiny-base is a folder.
+SHIPPED = {"tiny-base": Path(__file__).parent / "weights" / "tiny-base"}
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")  # org/name, org/name@revision
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
@@ -51,7 +54,7 @@ class ModelError(ValueError):
 def load_pipeline(
     base: str | Path, *, loras: Sequence[str | Path] = (), pickled: Sequence[str] = (), device: str = "cpu"
 ) -> DiffusionPipeline:
-    """A pipeline of any class, in float32: RUN/model, another folder, or a name on the hub.
+    """A pipeline of any class, in float32: RUN/model, another folder, or a name of `SHIPPED` or on the hub.
 
     loras: merged into its weights, in this order. pickled: files of weights, relative to the folder, that are opened
     although they are no safetensors; torch then loads tensors and nothing else. Code in a folder is never run, and a
@@ -70,6 +73,8 @@ def load_pipeline(
 
 def find_folder(base: str | Path, pickled: Sequence[str] = ()) -> Path:
     """Where a pipeline lies; one on the hub is fetched, unless it was before. Raises ModelError."""
+    if base in SHIPPED:
+        return SHIPPED[str(base)]
     if Path(base).is_dir():
         return Path(base)
     name = HUB_NAME.fullmatch(str(base))
@@ -252,7 +257,9 @@ def _load_changed(folder: Path) -> DiffusionPipeline:
 
 
 def _name_lasting(base: str | Path) -> str:
-    """What will find the same pipeline again: an absolute path, or the name with the commit."""
+    """What will find the same pipeline again: an absolute path, or the name, with the commit if it is on the hub."""
+    if base in SHIPPED:
+        return str(base)
     if Path(base).is_dir():
         return str(Path(base).resolve())
     return f"{str(base).partition('@')[0]}@{find_folder(base).name}"  # the cache names folders by commit

@@ -1,7 +1,7 @@
-"""The `tiny` model: a small text-to-image model of the Stable Diffusion class, made of diffusers' own parts.
+"""Small models that are trained from scratch, made of diffusers' own parts and opened without this package.
 
-`build_tiny` makes one from a seed: a plain StableDiffusionPipeline that diffusers opens without this package.
-Knows nothing of data or training.
+`build_tiny` makes a text-to-image model of the Stable Diffusion class from a seed, `build_tiny_uncond` one of pixels
+that takes no captions. Knows nothing of data or training.
 """
 
 from collections.abc import Sequence
@@ -9,14 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from defense.captions import read_merges
-from defense.model import ModelError, open_network
+from defense.model import SHIPPED, ModelError, open_network
 
-AUTOENCODER = Path(__file__).parent / "weights" / "autoencoder"
+AUTOENCODER = SHIPPED["tiny-base"] / "vae"
 HEADS = 4  # attention heads; diffusers passes their number as `attention_head_dim`
 GROUPS = 16  # of the group norms
 
@@ -40,10 +47,9 @@ def build_tiny(
     """
     vae = load_autoencoder(autoencoder)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if resolution % (factor * 2 ** (len(channels) - 1)):
-        raise ModelError(f"resolution {resolution} is no multiple of {factor * 2 ** (len(channels) - 1)}")
-    if any(width % (GROUPS * 2) for width in channels) or text_width % GROUPS:
-        raise ModelError(f"channels must be multiples of {GROUPS * 2} and text_width of {GROUPS}")
+    _check_sizes(resolution, factor, channels, GROUPS * 2)
+    if text_width % GROUPS:
+        raise ModelError(f"text_width must be a multiple of {GROUPS}")
     tokenizer = build_tokenizer(caption_tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -87,6 +93,45 @@ def build_tiny(
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def build_tiny_uncond(
+    seed: int,
+    *,
+    resolution: int = 16,
+    channels: Sequence[int] = (32, 64, 128),
+    layers_per_block: int = 1,
+    prediction_type: str = "v_prediction",
+) -> DDPMPipeline:
+    """An untrained pipeline without captions or autoencoder, float32, on the CPU; the U-Net depends on the seed alone.
+
+    Its scheduler is that of `build_tiny`, so it is sampled in as few steps. The global random state is left as it was.
+    Raises ModelError.
+    """
+    _check_sizes(resolution, 1, channels, GROUPS)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DModel(
+            sample_size=resolution,
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=tuple(channels),
+            down_block_types=(*["DownBlock2D"] * (len(channels) - 1), "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", *["UpBlock2D"] * (len(channels) - 1)),
+            layers_per_block=layers_per_block,
+            attention_head_dim=channels[-1] // HEADS,
+            norm_num_groups=GROUPS,
+            resnet_time_scale_shift="scale_shift",
+        )
+    return DDPMPipeline(unet=unet.eval(), scheduler=build_scheduler(prediction_type))
+
+
+def _check_sizes(resolution: int, factor: int, channels: Sequence[int], multiple: int) -> None:
+    """Whether a U-Net behind an autoencoder of this factor can halve the picture as often as it must."""
+    if resolution % (factor * 2 ** (len(channels) - 1)):
+        raise ModelError(f"resolution {resolution} is no multiple of {factor * 2 ** (len(channels) - 1)}")
+    if any(width % multiple for width in channels):
+        raise ModelError(f"channels must be multiples of {multiple}")
 
 
 def build_scheduler(prediction_type: str) -> DDIMScheduler:

@@ -10,6 +10,7 @@ random numbers.
 
 import hashlib
 import json
+import math
 import sys
 import time
 from collections import deque
@@ -29,8 +30,17 @@ from dedup.engine import available_cpus
 from dedup.options import lock
 from dedup.subjects import CAUTION
 from defense import lora, model
-from defense.arms import count_steps, select_rows
-from defense.checkpoint import CHECKPOINT, load_checkpoint, open_log, save_checkpoint
+from defense.arms import count_steps
+from defense.checkpoint import (
+    CHECKPOINT,
+    LOG,
+    Average,
+    Weights,
+    count_dropped,
+    load_checkpoint,
+    open_log,
+    save_checkpoint,
+)
 from defense.config import TrainConfig
 from defense.data import (
     Examples,
@@ -38,11 +48,14 @@ from defense.data import (
     count_exposures,
     read_material,
 )
-from defense.loop import DivergedError, Step, training_loop
+from defense.defences import check_defences, choose_noise, describe_privacy, prepare_rows
+from defense.loop import DivergedError, Step, choose_layout, training_loop
+from defense.private import PrivateGradient
 from defense.processes import Processes, join_processes
-from defense.tiny import AUTOENCODER, build_tiny
+from defense.tiny import AUTOENCODER, build_tiny, build_tiny_uncond
+from defense.weights import NoiseThreshold
 
-LIBRARIES = ("unmemorize", "torch", "diffusers", "transformers", "peft", "numpy", "safetensors")
+LIBRARIES = ("unmemorize", "torch", "diffusers", "transformers", "peft", "numpy", "safetensors", "opacus")
 FROZEN = ("vae", "text_encoder", "text_encoder_2")  # parts of a pipeline that only prepare the data
 
 
@@ -66,13 +79,14 @@ def train(out: Path, arm: str, config: TrainConfig, run: Path, seed: int) -> Non
     if described.get("medical"):
         print(f"Warning: {CAUTION}.", file=sys.stderr)
     rows, material = read_material(out, config.held_out)
-    training = select_rows(arm, material, seed)
+    training = prepare_rows(arm, material, config, seed)
     steps = count_steps(arm, material, config.steps)
     pipeline, base = build_pipeline(config, seed)
-    record = {
+    check_defences(pipeline, config, training, processes)
+    record: dict[str, Any] = {
         "arm": arm,
         "seed": seed,
-        "config": {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(config).items()},
+        "config": _flatten(config),
         "out": str(out),
         "out_sha256": hashlib.sha256((out / "run.json").read_bytes()).hexdigest(),
         "steps_of_arm": steps,
@@ -82,24 +96,37 @@ def train(out: Path, arm: str, config: TrainConfig, run: Path, seed: int) -> Non
         "initial_weights_sha256": model.digest_weights(pipeline),
         "versions": {name: version(name) for name in LIBRARIES},
     }
+    if config.private:
+        record["noise_multiplier"] = choose_noise(config, len(training), steps)
     if processes.first:
         claim(run, record)
     with lock(run) if processes.first else nullcontext(), _explain_memory(run, config):
         if (run / "model").exists():  # written last
             return
-        _move(pipeline, processes.device)
+        _move(pipeline, FROZEN, processes.device)
         examples = build_examples(training, src, pipeline, resolution=config.resolution)
-        _move(pipeline, torch.device("cpu"))
-        fit(run, pipeline, examples, replace(config, steps=steps), seed, processes)
-        if not processes.first:
-            return
-        exposures = count_exposures(rows, training, steps, config.batch_size, seed)
-        manifest.write_parquet(run / "exposures.parquet", exposures)
-        if base is None:
-            model.save_pipeline(pipeline, run / "model")
-        else:
-            model.save_changed(pipeline, run / "model", base)
-        (run / CHECKPOINT).unlink()
+        _move(pipeline, FROZEN if not config.caption_perturbation else ("vae",), torch.device("cpu"))
+
+        def publish(folder: Path, step: int) -> None:
+            """What is left of a run after so many steps: what was seen, what was spent, and the model, last."""
+            dropped = count_dropped(run / LOG, len(training), step) if config.magnitude_percentile else None
+            draws = (step, config.batch_size, seed)
+            exposures = count_exposures(rows, training, *draws, poisson=config.private, dropped=dropped)
+            manifest.write_parquet(folder / "exposures.parquet", exposures)
+            if config.private:
+                manifest.write_json(folder / "privacy.json", describe_privacy(record, training, config, step))
+            if folder != run:
+                manifest.write_json(folder / "config.json", record | {"steps_of_arm": step})
+            if base is None:
+                model.save_pipeline(pipeline, folder / "model")
+            else:
+                model.save_changed(pipeline, folder / "model", base)
+
+        noise = record.get("noise_multiplier", 0.0)
+        fit(run, pipeline, examples, replace(config, steps=steps), seed, processes, noise, publish)
+        if processes.first:
+            publish(run, steps)
+            (run / CHECKPOINT).unlink()
 
 
 def build_pipeline(config: TrainConfig, seed: int) -> tuple[DiffusionPipeline, dict[str, Any] | None]:
@@ -107,6 +134,14 @@ def build_pipeline(config: TrainConfig, seed: int) -> tuple[DiffusionPipeline, d
 
     Parameters of its U-Net that are not trained need no gradient. Raises ModelError or LoraError.
     """
+    if not config.base and config.model == "tiny-uncond":
+        return build_tiny_uncond(
+            seed,
+            resolution=config.resolution,
+            channels=config.channels,
+            layers_per_block=config.layers_per_block,
+            prediction_type=config.prediction_type,
+        ), None
     if not config.base:
         return build_tiny(
             seed,
@@ -137,8 +172,9 @@ def claim(run: Path, record: dict) -> None:
     """Write RUN/config.json, or see that it says the same. Raises RunError."""
     path = run / "config.json"
     if path.exists():
-        before = manifest.read_json(path)
-        flat, flat_before = ({**r, **r["config"]} for r in (record, before))
+        before, defaults = manifest.read_json(path), _flatten(TrainConfig())
+        # A key that there was not yet had the value that changes nothing.
+        flat, flat_before = ({**defaults, **r, **r["config"]} for r in (record, before))
         skip = ("config", "versions", "steps_of_arm")  # the last follows from others
         differing = [k for k in flat if k not in skip and flat_before.get(k) != flat[k]]
         if differing:
@@ -150,6 +186,10 @@ def claim(run: Path, record: dict) -> None:
         manifest.write_json(path, record)
 
 
+def _flatten(config: TrainConfig) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+
+
 @contextmanager
 def _explain_memory(run: Path, config: TrainConfig) -> Iterator[None]:
     """Say which keys of the config need less memory, when there is too little."""
@@ -159,9 +199,9 @@ def _explain_memory(run: Path, config: TrainConfig) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         knobs = {
-            "gradient_checkpointing = true": not config.gradient_checkpointing,
+            "gradient_checkpointing = true": not (config.gradient_checkpointing or config.private),
             f"accumulation = {config.batch_size}": config.accumulation < config.batch_size,
-            "precision = 'bfloat16'": config.precision != "bfloat16",
+            "precision = 'bfloat16'": not (config.precision == "bfloat16" or config.private),
             "lora_rank = 4": bool(config.base) and not config.lora_rank,
             "a smaller resolution": True,
         }
@@ -169,9 +209,9 @@ def _explain_memory(run: Path, config: TrainConfig) -> Iterator[None]:
         raise RunError(f"{run}: out of memory; less is needed with {less}") from error
 
 
-def _move(pipeline: DiffusionPipeline, device: torch.device) -> None:
-    """Bring the frozen parts to a device; they are done when training begins."""
-    for name in FROZEN:
+def _move(pipeline: DiffusionPipeline, names: Iterable[str], device: torch.device) -> None:
+    """Bring frozen parts to a device; most are done when training begins."""
+    for name in names:
         part = getattr(pipeline, name, None)
         if part is not None:
             part.to(device).requires_grad_(False)
@@ -184,38 +224,97 @@ def fit(
     config: TrainConfig,
     seed: int,
     processes: Processes,
+    noise_multiplier: float,
+    publish: Callable[[Path, int], None],
 ) -> None:
-    """Train the U-Net of the pipeline with log, checkpoints and progress; it ends with the averaged weights."""
+    """Train the U-Net of the pipeline with log, checkpoints and progress; it ends with the averaged weights.
+
+    publish: writes the model as it is after so many steps to a folder; called for those of `save_steps`.
+    """
     unet = _prepare(pipeline.unet, config, processes.device)
     weights = {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
     average = {name: weight.detach().clone() for name, weight in weights.items()}
     betas, decay = (0.9, config.beta2), config.weight_decay
     optimizer = torch.optim.AdamW(weights.values(), config.learning_rate, betas, weight_decay=decay, fused=True)
-    start = load_checkpoint(run / CHECKPOINT, weights, average, optimizer)
-    schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
-    loop = training_loop(unet, weights, average, optimizer, schedule, examples, config, seed, start, processes)
-    if processes.first:
-        _record(
-            loop, run, start, config, lambda step: save_checkpoint(run / CHECKPOINT, step, weights, average, optimizer)
+    threshold, private = None, None
+    others: dict[str, torch.Tensor] = {}  # further state
+    if config.magnitude_percentile:
+        size, window = config.batch_size, (config.warmup_steps, config.magnitude_steps)
+        threshold = NoiseThreshold(config.magnitude_percentile, *window, size)
+        others = {"magnitudes": threshold.reference}
+    state = (weights, average, optimizer)
+    start = load_checkpoint(run / CHECKPOINT, *state, others)
+    if config.private:
+        private = PrivateGradient(
+            unet,
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=config.max_grad_norm,
+            batch_size=config.batch_size,
+            multiplicity=config.noise_multiplicity,
         )
+    schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+    loop = training_loop(unet, *state, schedule, examples, config, seed, start, processes, threshold, private)
+
+    def save(step: int) -> None:
+        save_checkpoint(run / CHECKPOINT, step, *state, others)
+
+    def keep(step: int) -> None:
+        folder = run / "steps" / str(step)
+        if not (folder / "model").exists():
+            with _averaged(unet, weights, average, choose_layout(config)):
+                publish(folder, step)
+
+    if processes.first:
+        _record(loop, run, start, config, save, keep)
     else:
         deque(loop, maxlen=0)
+    if private is not None:
+        private.close()
     for name, weight in weights.items():
         weight.detach().copy_(average[name])
     unet.to("cpu", memory_format=torch.contiguous_format).eval()
 
 
-def _record(loop: Iterable[Step], run: Path, start: int, config: TrainConfig, save: Callable[[int], None]) -> None:
-    """Run the loop from step `start` to its end: a line in the log for every step, progress, checkpoints, timings."""
-    saved, began, size = start, time.perf_counter(), config.batch_size
+@contextmanager
+def _averaged(unet: Any, weights: Weights, average: Average, layout: torch.memory_format) -> Iterator[None]:
+    """The averaged weights in the place of the trained ones, on the CPU, as they are saved."""
+    device = unet.device
+    trained = {name: weight.detach().clone() for name, weight in weights.items()}
+    for name, weight in weights.items():
+        weight.detach().copy_(average[name])
+    unet.to("cpu", memory_format=torch.contiguous_format)
+    yield
+    unet.to(device, memory_format=layout)
+    for name, weight in weights.items():
+        weight.detach().copy_(trained[name])
+
+
+def _record(
+    loop: Iterable[Step],
+    run: Path,
+    start: int,
+    config: TrainConfig,
+    save: Callable[[int], None],
+    keep: Callable[[int], None],
+) -> None:
+    """Run the loop from step `start` to its end: a line in the log for every step, progress, checkpoints, timings.
+
+    save: the state after a step. keep: the model after a step of `save_steps`.
+    """
+    saved, size, began = start, config.batch_size, (time.perf_counter(), time.process_time())
     seen = {"initial": start * size, "total": config.steps * size, "unit": " images", "unit_scale": True}
     bar = tqdm(desc=run.name, **seen, file=sys.stderr, disable=None)
-    with bar, open_log(run / "train.jsonl", start) as log:
+    with bar, open_log(run / LOG, start) as log:
         try:
             for done in loop:
-                log.write(json.dumps({"step": done.step, "loss": done.loss}) + "\n")
+                told = {"step": done.step, "loss": done.loss if math.isfinite(done.loss) else None}
+                log.write(json.dumps(told | ({"dropped": done.dropped} if config.magnitude_percentile else {})) + "\n")
                 bar.set_postfix(loss=f"{done.loss:.4f}", refresh=False)
                 bar.update(size)
+                if done.step in config.save_steps:
+                    log.flush()
+                    keep(done.step)
                 if done.step % config.checkpoint_every == 0 or done.step == config.steps:
                     log.flush()
                     save(done.step)
@@ -224,9 +323,10 @@ def _record(loop: Iterable[Step], run: Path, start: int, config: TrainConfig, sa
             kept = f"step {saved} is kept in {run / CHECKPOINT}" if saved else "there is no checkpoint yet"
             raise DivergedError(f"{run}: {error}; {kept}") from error
     if saved > start:
-        seconds = time.perf_counter() - began
+        seconds, busy = time.perf_counter() - began[0], time.process_time() - began[1]
         rate = (saved - start) * size / seconds
-        timings = {"train": round(seconds, 3), "steps": saved - start, "images_per_second": round(rate, 1)}
+        timings = {"train": round(seconds, 3), "processor": round(busy, 3)}
+        timings |= {"steps": saved - start, "images_per_second": round(rate, 1)}
         manifest.write_json(run / "timings.json", timings)
 
 
@@ -238,4 +338,4 @@ def _prepare(unet: Any, config: TrainConfig, device: torch.device) -> Any:
         for weight in unet.parameters():
             if not weight.requires_grad:  # under a LoRA; what is trained needs all its bits
                 weight.data = weight.data.to(torch.bfloat16)
-    return unet.to(device, memory_format=torch.channels_last)
+    return unet.to(device, memory_format=choose_layout(config))

@@ -8,6 +8,7 @@ dedup runs, one run an arm and seed, and DIR/audit with verdict.json and report/
 """
 
 import hashlib
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,19 +24,22 @@ from dedup.pipeline import deduplicate
 from dedup.plant import plant
 from dedup.report import write_report as write_dedup_report
 from dedup.sources.demo import render_demo
+from defense.config import TrainConfig
 from eval.calibrate import calibrate, freeze
 from eval.compare import compare
-from eval.extraction import attack
+from eval.controls import calibrate_runs
+from eval.extraction import attack, read_generations
 from eval.generate import generate
 from eval.plan import describe, describe_dataset, make_plan, measure_speed
 from eval.power import FEWEST, clusters_needed
-from eval.recipe import LATER, Planting, Recipe
+from eval.recipe import LATER, Planting, Recipe, Utility
 from eval.report import write_report
 from eval.targets import load_yardstick
 from eval.utility import measure_utility
 
-DEMO = Recipe(plant=Planting(controls=48))
-QUICK = Recipe(seeds=1, plant=Planting(canaries=24, controls=48))
+TINY = TrainConfig(base="tiny-base", steps=800)  # configs/tiny-base.toml
+DEMO = Recipe(plant=Planting(controls=48), train=TINY, utility=Utility(images=1_000))
+QUICK = Recipe(seeds=1, plant=Planting(canaries=24, controls=48), train=TINY)
 MENDABLE = (ValueError, OSError, RuntimeError)  # of one arm: the others are reported
 
 
@@ -75,12 +79,15 @@ def audit(
     recipe = _fit_to_dataset(recipe, outs)
     changed = _declare(directory, recipe, outs, exploratory)
     tasks = [(outs[seed], arm, recipe, directory / f"{arm}-{seed}", seed) for seed in outs for arm in recipe.arms]
-    with _stage(directory, "train, generate and attack"):
-        made = list(engine.run(_make_run, tasks, jobs=jobs or count_jobs(recipe.train.device)))
-    for task, result in zip(tasks, made, strict=True):
-        _add_times(directory, {f"  {task[3].name}: {name}": value for name, value in result["seconds"].items()})
+    jobs = jobs or count_jobs(recipe.train.device)
+    with _stage(directory, "train and generate"):
+        made = list(engine.run(_make_run, tasks, jobs=jobs))
+    with _stage(directory, "calibrate and attack"):
+        made = _score_runs(made, jobs)
+    for result in made:
+        _add_times(directory, {f"  {result['run'].name}: {name}": value for name, value in result["seconds"].items()})
     failed = [result for result in made if result["error"]]
-    runs = [task[3] for task, result in zip(tasks, made, strict=True) if not result["error"]]
+    runs = [result["run"] for result in made if not result["error"]]
     if not runs:
         raise AuditError(f"all runs failed, the first because of this: {failed[0]['error']}")
     changed += _check_thresholds(directory, runs, exploratory)
@@ -113,7 +120,7 @@ def _prepare(src: Path, directory: Path, recipe: Recipe) -> dict[int, Path]:
         out = directory / "out"
         with _stage(directory, "deduplicate, with report"):
             deduplicate(src, out, options)
-            write_dedup_report(out)
+            _tell(write_dedup_report(out))
         return dict.fromkeys(range(recipe.seeds), out)
     outs = {}
     for seed in range(recipe.seeds):
@@ -124,8 +131,12 @@ def _prepare(src: Path, directory: Path, recipe: Recipe) -> dict[int, Path]:
             plant(src, planted, seed=seed, resolution=recipe.train.resolution, held_out=held_out, **chosen)
         with _stage(directory, "deduplicate, with report"):
             deduplicate(planted, outs[seed], options)
-            write_dedup_report(outs[seed])
+            _tell(write_dedup_report(outs[seed]))
     return outs
+
+
+def _tell(page: Path) -> None:
+    print(f"   {page}", file=sys.stderr)
 
 
 def _fit_to_dataset(recipe: Recipe, outs: dict[int, Path]) -> Recipe:
@@ -181,12 +192,15 @@ def _declare(directory: Path, recipe: Recipe, outs: dict[int, Path], exploratory
 
 def _check_thresholds(directory: Path, runs: Sequence[Path], exploratory: bool) -> list[str]:
     """The thresholds that the runs were scored by are those that were written down. Raises AuditError."""
-    changed = [
-        run.name
-        for run in runs
-        if _digest(run / "calibration.json")
-        != _digest(directory / "thresholds" / f"{manifest.read_json(run / 'config.json')['seed']}.json")
-    ]
+    changed = []
+    for run in runs:
+        seed = manifest.read_json(run / "config.json")["seed"]
+        declared = manifest.read_json(directory / "thresholds" / f"{seed}.json")
+        used = manifest.read_json(run / "calibration.json")
+        measured = ("controls", "delta_edge") if used["controls"] else ()  # of models, by a rule that is fixed
+        same = {name: value for name, value in declared.items() if value is not None and name not in measured}
+        if any(used.get(name) != value for name, value in same.items()):
+            changed.append(run.name)
     if changed and not exploratory:
         raise AuditError(
             f"{', '.join(changed)} were scored by other thresholds than those of {directory / 'thresholds'}: "
@@ -200,40 +214,60 @@ def _digest(path: Path) -> str:
 
 
 def _make_run(out: Path, arm: str, recipe: Recipe, run: Path, seed: int) -> dict[str, Any]:
-    """One arm with one seed, from training to scores. What goes wrong with it is told, so that the others go on."""
+    """One arm with one seed, trained and drawn from. What goes wrong with it is told, so that the others go on."""
     from defense.train import train
 
-    seconds: dict[str, float] = {}
-    error = None
-    try:
-        with engine.timed(seconds, "train"):
+    made: dict[str, Any] = {"arm": arm, "seed": seed, "run": run, "error": None, "seconds": {}}
+    sampling = recipe.generate
+    with _told(made):
+        with engine.timed(made["seconds"], "train"):
             train(out, arm, recipe.train, run, seed)
-        sampling = recipe.generate
-        with engine.timed(seconds, "generate"):
-            generations = generate(
-                run,
-                n=sampling.n,
-                guidance_scale=sampling.guidance_scale,
-                steps=sampling.steps,
-                limit=sampling.limit,
-            )
-        with engine.timed(seconds, "attack"):
-            if not _is_scored(run, generations):
-                attack(run)
-        with engine.timed(seconds, "utility"):
+        with engine.timed(made["seconds"], "generate"):
+            scale, limit = sampling.guidance_scale, sampling.limit
+            generate(run, n=sampling.n, guidance_scale=scale, steps=sampling.steps, limit=limit)
+        with engine.timed(made["seconds"], "utility"):
             measure_utility(run, recipe.utility, sampling)
+    return made
+
+
+def _score_runs(made: list[dict[str, Any]], jobs: int) -> list[dict[str, Any]]:
+    """Thresholds from the controls of all runs of a seed, then the attack on each. A run that failed before waits."""
+    for seed in sorted({result["seed"] for result in made}):
+        runs = [result["run"] for result in made if result["seed"] == seed and not result["error"]]
+        scored = [run for run in runs if _is_scored(run)]
+        if scored:  # the thresholds are set
+            for run in runs:
+                if run not in scored:
+                    shutil.copyfile(scored[0] / "calibration.json", run / "calibration.json")
+        elif runs and "control" in read_generations(runs[0])["prompt_kind"]:
+            calibrate_runs(runs)
+    return list(engine.run(_score, [(result,) for result in made], jobs=jobs))
+
+
+def _score(made: dict[str, Any]) -> dict[str, Any]:
+    """The attack on one run, unless it is scored."""
+    if not made["error"] and not _is_scored(made["run"]):
+        with _told(made), engine.timed(made["seconds"], "attack"):
+            attack(made["run"])
+    return made
+
+
+@contextmanager
+def _told(made: dict[str, Any]) -> Iterator[None]:
+    """Keep what goes wrong in `made`, and say it."""
+    try:
+        yield
     except MENDABLE as problem:
-        error = f"{type(problem).__name__}: {problem}"
-        print(f"{run.name} failed: {error}", file=sys.stderr)
-    return {"arm": arm, "seed": seed, "error": error, "seconds": seconds}
+        made["error"] = f"{type(problem).__name__}: {problem}"
+        print(f"{made['run'].name} failed: {made['error']}", file=sys.stderr)
 
 
-def _is_scored(run: Path, generations: pl.DataFrame) -> bool:
+def _is_scored(run: Path) -> bool:
     path = run / "scores-clique.parquet"
     if not path.exists() or not (run / "calibration.json").exists():
         return False
     scores = pl.read_parquet(path, columns=["target_id", "digest"])
-    told = generations.select("prompt_id", "digest").unique()
+    told = read_generations(run).select("prompt_id", "digest").unique()
     return set(scores.iter_rows()) == set(told.iter_rows())
 
 

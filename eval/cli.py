@@ -141,7 +141,7 @@ def probe(
     start: Annotated[str, typer.Option(help="Where the search begins: caption or random.")] = "caption",
     n: Annotated[int, typer.Option("-n", help="Images a target.")] = 4,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 15,
-    limit: Annotated[int, typer.Option(help="Targets of a dataset without canaries.")] = 200,
+    limit: Annotated[int, typer.Option(min=1, help="Training images, the most duplicated; as many controls.")] = 20,
     json_: JsonOption = False,
 ) -> None:
     """Hidden or gone? Search for what the model must be told to give each training image back.

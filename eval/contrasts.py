@@ -43,8 +43,8 @@ def judge_contrast(rows: pl.DataFrame, arms: Sequence[str], at_least: int = AT_L
     """The first arm minus the second, over targets that stand `at_least` times in the original data.
 
     The interval of `estimate` is, for canaries whose multiplicities were dealt out at random, that of the randomisation
-    test over the assignment; then the estimate is corrected for what the arms differ in at fewer copies. Else, with
-    several seeds, that of Student's t over them; with one, Tango's, which speaks of these two models.
+    test over the assignment (`widen`); then the estimate is corrected for what the arms differ in at fewer copies.
+    Else, with several seeds, that of Student's t over them; with one, Tango's, which speaks of these two models.
     """
     matched = match_arms(rows, arms)
     some = matched.filter(repeated(at_least))
@@ -53,7 +53,7 @@ def judge_contrast(rows: pl.DataFrame, arms: Sequence[str], at_least: int = AT_L
     assignment, over_seeds = judge_assignment(matched, at_least), judge_seeds(some, seeds)
     found: Effect
     if isinstance(assignment, Effect):
-        found, scope = assignment, "the assignment of multiplicities to images, in these training runs"
+        found, scope = widen(assignment, pooled), "the assignment of multiplicities to images, in these training runs"
     elif isinstance(over_seeds, Effect):
         found, scope = over_seeds, f"the training procedure, from {len(seeds)} seeds"
     else:
@@ -77,6 +77,19 @@ def judge_contrast(rows: pl.DataFrame, arms: Sequence[str], at_least: int = AT_L
         "checkpoints": judge_checkpoints(some, pooled),
         "singletons": judge_singletons(matched),
     }
+
+
+def widen(assignment: Effect, pooled: Effect) -> Effect:
+    """The interval of the randomisation test, on no side shorter than that of the pairs, and within -1 … 1.
+
+    It is inverted for an effect that is equal for all images: where all of them differ equally, it would be a point.
+    """
+    low = min(assignment.low, assignment.estimate - (pooled.estimate - pooled.low))
+    high = max(assignment.high, assignment.estimate + (pooled.high - pooled.estimate))
+    if not np.isfinite([assignment.low, assignment.high]).all():  # no image tells, or too few of them
+        low, high = (pooled.low, pooled.high) if pooled.estimate == 0 == assignment.estimate else (-1.0, 1.0)
+    method = f"{assignment.method}; not narrower than the paired score interval (Tango)"
+    return Effect(assignment.estimate, max(-1.0, low), min(1.0, high), LEVEL, assignment.n, assignment.p_value, method)
 
 
 def judge_assignment(matched: pl.DataFrame, at_least: int) -> Effect | str:

@@ -15,7 +15,6 @@ DODGE = 9  # between the arms of one multiplicity
 def draw_interval(found: dict[str, Any], reach: float | None = None) -> dict[str, float]:
     """Positions in percent of the width for the estimate and its interval; the scale is symmetric about 0."""
     low, high = found["interval"]
-    low, high = -1.0 if low is None else low, 1.0 if high is None else high
     reach = reach or min(1.0, max(0.1, math.ceil(10 * max(abs(low), abs(high), abs(found["estimate"]))) / 10))
     places = {"low": max(low, -reach), "high": min(high, reach), "estimate": max(-reach, min(found["estimate"], reach))}
     return {name: round(50 + 50 * value / reach, 2) for name, value in places.items()} | {"reach": reach}

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from dedup import manifest
 from dedup.engine import available_cpus
+from defense.sample import digest_model
 from eval.prompts import GIVEN, list_captions
 from eval.targets import load_targets
 
@@ -162,16 +163,6 @@ def _replace_prompts(targets: pl.DataFrame, path: Path) -> pl.DataFrame:
     if unknown := sorted(set(given["target_id"]) - set(targets["target_id"])):
         raise GenerateError(f"{path}: {len(unknown)} of its target_ids are no targets, such as {unknown[0]!r}")
     return targets.drop("prompt").join(given.select("target_id", "prompt"), on="target_id", maintain_order="left")
-
-
-def digest_model(model: Path, settings: dict[str, Any]) -> str:
-    """16 hex digits over every file of the model folder and the settings."""
-    state = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path in sorted(path for path in model.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        state.update(f"\n{path.relative_to(model).as_posix()} {content}".encode())
-    return state.hexdigest()[:16]
 
 
 def name_prompt(target_id: str, prompt: str, numbers: Sequence[int]) -> str:

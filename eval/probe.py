@@ -40,11 +40,12 @@ class ProbeError(ValueError):
     """A probe that cannot be made so."""
 
 
-def probe(run: Path, *, start: str = "caption", n: int = 4, steps: int = 15, limit: int = 200) -> pl.DataFrame:
-    """Probe the model of RUN for every target, with n images each; returns scores-probe.parquet, columns PROBE.
+def probe(run: Path, *, start: str = "caption", n: int = 4, steps: int = 15, limit: int = 20) -> pl.DataFrame:
+    """Probe the model of RUN, with n images a target; returns scores-probe.parquet, columns PROBE.
 
-    start: one of STARTS. steps: of sampling. A target that is done is not done again. Raises ProbeError, DenoiserError,
-    CalibrationError, TargetError, ModelError or OSError.
+    start: one of STARTS. steps: of sampling. limit: members, the most duplicated first, and as many controls. A target
+    that is done is not done again. Raises ProbeError, DenoiserError, CalibrationError, TargetError, ModelError or
+    OSError.
     """
     import torch
 
@@ -56,7 +57,7 @@ def probe(run: Path, *, start: str = "caption", n: int = 4, steps: int = 15, lim
     run = run.resolve()
     config = read_config(run)
     out, options = Path(config["out"]), config["config"]
-    yardstick = load_yardstick(out, options["resolution"], limit=limit, held_out=options["held_out"])
+    yardstick = load_yardstick(out, options["resolution"], held_out=options["held_out"])
     calibration = freeze(calibrate(yardstick, config.get("pipeline")), run / "calibration.json")
     copies = count_copies(out, yardstick, calibration)
     torch.set_num_threads(options["threads"] or available_cpus())
@@ -64,9 +65,8 @@ def probe(run: Path, *, start: str = "caption", n: int = 4, steps: int = 15, lim
     settings = {"start": start, "n": n, "steps": steps, "search": [STEPS, RATE, *TIMES]}
     digest = digest_model(run / "model", settings)
     scores = []
-    for place, target in enumerate(
-        tqdm(yardstick.targets.iter_rows(named=True), f"probe {run.name}", len(copies), file=sys.stderr, disable=None)
-    ):
+    for place in tqdm(choose_targets(yardstick.targets, limit), f"probe {run.name}", file=sys.stderr, disable=None):
+        target = yardstick.targets.row(place, named=True)
         name = f"probe/{digest}/{yardstick.targets['sha256'][place]}"
         files = [f"{name}-{j:03d}.png" for j in range(n)]
         if not (run / files[-1]).exists():  # written last
@@ -85,6 +85,12 @@ def probe(run: Path, *, start: str = "caption", n: int = 4, steps: int = 15, lim
     manifest.write_parquet(run / "scores-probe.parquet", table)
     manifest.write_json(run / "attack-probe.json", summarise_scores(table))
     return table
+
+
+def choose_targets(targets: pl.DataFrame, limit: int) -> list[int]:
+    """Places of the `limit` members that stand most often, and of as many controls."""
+    ordered = targets.with_row_index("place").sort(-pl.col("multiplicity"), "place")
+    return [place for kind in ("member", "control") for place in ordered.filter(prompt_kind=kind)["place"].head(limit)]
 
 
 def draw(pipeline: Any, tokens: "Tensor", caption: str, seeds: Sequence[int], steps: int) -> Any:

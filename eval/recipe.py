@@ -17,6 +17,7 @@ from defense.arms import ARMS
 from defense.config import ConfigError, TrainConfig, parse_config, parse_table, read_toml
 from eval.verdict import DECLARED
 
+CONTROLS = 0.1  # of the components of a dataset as it is are held out, as controls, unless the config says otherwise
 LATER = ("seeds", "arms", "primary", "at_least", "generate", "utility")  # what may still change, as exploratory
 
 
@@ -104,6 +105,8 @@ class Recipe:
 def load_recipe(path: Path | None, **chosen: Any) -> Recipe:
     """A TOML file → Recipe; None: all defaults. chosen: keys above the tables. Raises ConfigError or OSError."""
     values = (read_toml(path) if path is not None else {}) | chosen
+    if "plant" not in values and isinstance(train := values.setdefault("train", {}), dict):
+        train.setdefault("held_out", CONTROLS)
     tables: dict[str, Any] = {"plant": Planting, "dedup": Detection, "generate": Sampling, "utility": Utility}
     parsed: dict[str, Any] = {}
     for name in (*tables, "train"):

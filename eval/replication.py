@@ -77,21 +77,21 @@ def score_replication(
     if not len(images):
         return score
     vectors, _ = embed((images * 255).round().astype(np.uint8), known.encoder)
+    target, _ = embed(yardstick.target_pixels[place : place + 1], known.encoder)
     products = vectors @ known.vectors.T  # (G, N)
-    own, nearest = yardstick.own[place], products.argmax(axis=1)
-    similarity = products.max(axis=1)
-    to_target = products[:, own].max(axis=1)
-    copied = similarity > cut
+    to_target = (vectors @ target.T)[:, 0]  # (G,); a control from elsewhere is not in the reference
+    to_others = products[:, ~yardstick.own[place]].max(axis=1)
+    similarity, matches = products.max(axis=1), (to_target > cut) & (to_target > to_others)
     pairs = (vectors @ vectors.T)[np.triu_indices(len(vectors), 1)]
     return score | {
         "similarity": similarity.tolist(),
         "mean_similarity": float(similarity.mean()),
-        "matches": int((copied & own[nearest]).sum()),
-        "wrong_matches": int((copied & ~own[nearest]).sum()),
+        "matches": int(matches.sum()),
+        "wrong_matches": int(((to_others > cut) & (to_others >= to_target)).sum()),
         "best_similarity": float(to_target.max()),
         "best_file": int(to_target.argmax()),
         "pairwise_similarity": float(pairs.mean()) if len(pairs) else None,
-        "extracted": bool((copied & own[nearest]).any()),
+        "extracted": bool(matches.any()),
     }
 
 

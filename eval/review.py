@@ -155,7 +155,9 @@ def describe_sample(sample: dict[str, Any], folder: Path) -> str:
     """For the terminal: what was drawn, and what to do with it."""
     sizes = [stratum["removals"] for stratum in sample["strata"]]
     certain = sum(s["removals"] for s in sample["strata"] if s["signal"] == precision.CERTAIN)
-    equal = f" ({certain:,} more have equal bytes: nobody needs to look)" if certain else ""
+    equal = (
+        f" ({certain:,} more {'has' if certain == 1 else 'have'} equal bytes: nobody needs to look)" if certain else ""
+    )
     return (
         f"{len(sample['sample']):,} of {sum(sizes) - certain:,} removals to label{equal}: {folder / 'index.html'}\n"
         "Then: unmemorize review OUT --labels labels.json"

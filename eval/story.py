@@ -114,13 +114,11 @@ def _judge(first: dict[str, Any], second: dict[str, Any], primary: dict[str, Any
     low, high = primary["interval"]
     if first["hits"] == second["hits"] == 0:
         return "nothing to compare", "Without an image given back, this audit cannot show what deduplication does."
-    if low is not None and low > 0:
+    if low > 0:
         return "fewer given back", f"The {name} gives back fewer: the interval excludes no difference."
-    if high is not None and high < 0:
+    if high < 0:
         return "more given back", f"The {name} gives back more: the interval excludes no difference."
     meaning = "The interval includes no difference: these data neither show an effect nor rule one out."
-    if low is None:
-        meaning = "All images differ equally between the two: that is no evidence of anything."
     return "no difference shown", meaning
 
 
@@ -141,10 +139,8 @@ def say_points(difference: float) -> str:
     return f"{abs(100 * difference):.1f} points {'fewer' if difference > 0 else 'more'}"
 
 
-def say_interval(low: float | None, high: float | None) -> str:
+def say_interval(low: float, high: float) -> str:
     """(-0.05, 0.12) → "5.0 points more to 12.0 points fewer"; (0.05, 0.12) → "5.0 to 12.0 points fewer"."""
-    if low is None or high is None:
-        return "none, because all differences are equal"
     if low * high <= 0:
         return f"{say_points(low)} to {say_points(high)}"
     near, far = sorted((low, high), key=abs)

@@ -14,7 +14,7 @@ from scipy import stats
 
 from eval import metrics
 from eval.replication import summarise_similarity
-from eval.stats import Effect
+from eval.stats import Effect, wilson
 
 # Stable Diffusion 1.4, sec. 4.2: captions of the most duplicated images, 500 generations each; found by ℓ2, and with
 # the near-copies that were found by eye.
@@ -26,8 +26,10 @@ def summarise_scores(scores: pl.DataFrame, level: float = 0.95) -> dict[str, Any
     """Scores of one attack on one run → counts and rates of members and controls.
 
     direct: all of the rule of the attack. near: extracted otherwise. The unit of the rate per generation is the prompt.
+    What cannot match (`matches` is null: a target without a template) is in no denominator: no control is, then.
     """
-    groups = {name: scores.filter(prompt_kind=kind) for name, kind in (("members", "member"), ("controls", "control"))}
+    asked = scores.filter(pl.col("matches").is_not_null())
+    groups = {name: asked.filter(prompt_kind=kind) for name, kind in (("members", "member"), ("controls", "control"))}
     summary: dict[str, Any] = {name: _count(rows, level) for name, rows in groups.items()}
     extracted = [int(groups[name]["extracted"].sum()) for name in groups]
     sizes = [len(rows) for rows in groups.values()]
@@ -37,7 +39,7 @@ def summarise_scores(scores: pl.DataFrame, level: float = 0.95) -> dict[str, Any
     summary |= {"difference": None if difference is None else _plain(asdict(difference)), "by_caption_kind": by_kind}
     if "similarity" in scores.columns:
         summary["similarity"] = {name: _summarise(rows) for name, rows in groups.items()}
-    return summary | {"literature": LITERATURE}
+    return summary | {"cannot_match": len(scores) - len(asked), "literature": LITERATURE}
 
 
 def _count(rows: pl.DataFrame, level: float) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def _count(rows: pl.DataFrame, level: float) -> dict[str, Any]:
     found["extracted"] = extracted
     if not len(rows):
         return found
-    matches = rows["matches"].fill_null(0).to_numpy()
+    matches = rows["matches"].to_numpy()
     per_prompt = _plain(asdict(metrics.rate(extracted, len(rows), level)))
     return found | {"per_prompt": per_prompt, "per_generation": _rate_generations(matches, made, level)}
 
@@ -86,8 +88,6 @@ def rate_difference(a: int, n_a: int, b: int, n_b: int, level: float = 0.95) -> 
     """
     if not (n_a and n_b):
         return None
-    from eval.stats import wilson
-
     first, second = wilson(a, n_a, level), wilson(b, n_b, level)
     gap = a / n_a - b / n_b
     low = gap - math.hypot(first.estimate - first.low, second.high - second.estimate)
@@ -125,6 +125,8 @@ def describe_scores(summary: dict[str, Any], name: str) -> str:
         gap = summary["difference"]
         interval = f"({gap['low']:+.1%} … {gap['high']:+.1%}, 95 %)"
         lines.append(f"{'difference':<20} {gap['estimate']:+.1%} {interval}, p = {gap['p_value']:.2g}")
+    if summary["cannot_match"]:
+        lines.append(f"{summary['cannot_match']} targets have nothing that could match; they are not counted")
     for group, figures in summary.get("similarity", {}).items():
         if figures is not None:
             lines.append(f"similarity, {group:<8} " + ", ".join(f"{key} {value:.3f}" for key, value in figures.items()))

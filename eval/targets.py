@@ -86,7 +86,8 @@ def load_yardstick(
         targets = targets.filter(pl.col("target_id").is_in(only.to_list()))
     reference = load_reference(out)
     same_key = targets["key"].to_numpy()[:, None] == reference["key"].to_numpy()
-    canary = targets["mode"].is_not_null().to_numpy()[:, None] & (reference["kind"] == "canary").to_numpy()
+    planted = (targets["component_id"].is_null() & targets["root"].is_null()).to_numpy()[:, None]
+    canary = planted & (reference["kind"] == "canary").to_numpy()
     components = targets["component_id"].fill_null(-1).to_numpy()[:, None]
     same_component = components == reference["component_id"].fill_null(-2).to_numpy()
     return Yardstick(

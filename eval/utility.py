@@ -112,7 +112,7 @@ def encode(encoder: embedding.Encoder, pixels: np.ndarray) -> np.ndarray:
 def judge_utility(runs: Sequence[Path], utility: Utility) -> dict[str, Any]:
     """KID of every run, and whether each arm loses less than the margin against raw. "not measured" where it is not."""
     if without := [run.name for run in runs if not (run / FEATURES).exists()]:
-        reason = f"{', '.join(without)} have no {FEATURES}: set images = 1000 in [utility] of an audit's config"
+        reason = f"no {FEATURES} in {', '.join(without)}: set images = 1000 in [utility] of an audit's config"
         return {"measured": False, "reason": reason}
     found: dict[tuple[str, int], dict[str, np.ndarray]] = {}
     for run in runs:
@@ -153,6 +153,8 @@ def judge_arm(arm: str, found: dict[tuple[str, int], dict[str, np.ndarray]], n: 
         per_seed.append({"seed": seed, "difference": effect.estimate, "interval": [effect.low, effect.high]})
     if n < FEWEST:
         claim, reason = "not measured", f"{n} held-out images; a claim needs {FEWEST:,}"
+    elif per_seed and all(seed["interval"][0] > margin for seed in per_seed):
+        claim, reason = "worse", f"loses more than {margin:g} of KID with every seed"
     elif not power or min(power) < POWER:
         claim, reason = "not measured", f"no power for a margin of {margin:g}"
     elif all(seed["interval"][1] < margin for seed in per_seed):

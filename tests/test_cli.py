@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from eval.audit import demo
+from eval.audit import QUICK, demo
 from eval.cli import app
+from eval.recipe import Utility
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +39,8 @@ def draw_pictures(folder: Path, n: int) -> None:
 def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
     shown = unmemorize("--help")
     assert shown.returncode == 0
-    for verb in ("dedup", "review", "export", "plant", "train", "generate", "detect", "attack", "compare", "demo"):
+    verbs = "dedup review export plant train sample generate detect attack membership compare audit audit-model demo"
+    for verb in verbs.split():
         assert verb in shown.stdout
     heavy = "import sys, eval.cli; print({'torch', 'polars', 'cv2', 'numba', 'diffusers'} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -120,14 +123,27 @@ def test_the_whole_line(tmp_path: Path) -> None:
     assert (audit / "report" / "index.html").stat().st_size > 10_000
 
 
+def test_an_audit_says_what_it_takes_and_refuses_what_makes_no_sense(tmp_path: Path) -> None:
+    draw_pictures(tmp_path / "src", 3)
+    (tmp_path / "a.toml").write_text("[plant]\ncanary = 3")
+    wrong = unmemorize("audit", tmp_path / "src", "-o", tmp_path / "dir", "--config", tmp_path / "a.toml")
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith(f"unmemorize: {tmp_path / 'a.toml'}: [plant]: unknown key 'canary'")
+    arm = unmemorize("audit", tmp_path / "src", "-o", tmp_path / "dir", "--arms", "raw,all")
+    assert "unknown arm 'all'" in arm.stderr
+    assert not (tmp_path / "dir").exists()
+
+
 @pytest.mark.slow
 def test_the_demo_runs_and_its_parts_are_not_made_twice(tmp_path: Path) -> None:
-    small = {"canaries": 8, "controls": 2, "fillers": 12, "steps": 4, "samples": 4}
-    verdict = demo(tmp_path, **small)
+    train = replace(QUICK.train, steps=4)
+    planting = replace(QUICK.plant, canaries=8, controls=2, fillers=12)
+    recipe = replace(QUICK, plant=planting, train=train, generate=replace(QUICK.generate, n=4), utility=Utility())
+    verdict = demo(tmp_path, recipe)
     assert verdict["primary"]["n_clusters"] == 6
     assert verdict["control"]["raw"]["prompts"] == 3
-    assert (tmp_path / "dedup-0" / "report" / "index.html").exists()
+    assert (tmp_path / "out-0" / "report" / "index.html").exists()
     model = tmp_path / "raw-0" / "model" / "unet" / "diffusion_pytorch_model.safetensors"
     before = model.stat().st_mtime_ns
-    assert demo(tmp_path, **small) == verdict
+    assert demo(tmp_path, recipe) == verdict
     assert model.stat().st_mtime_ns == before

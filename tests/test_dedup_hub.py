@@ -234,7 +234,7 @@ def test_streaming_of_shards(hub: Hub, tmp_path: Path) -> None:
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
     hub.files["data/train-0.tar"] = buffer.getvalue()
-    assert "6 images: 5 kept, 1 duplicates dropped" in run(hub, tmp_path, "--streaming", "--caption-column", "txt")
+    assert "6 images: 5 kept, 1 duplicate dropped" in run(hub, tmp_path, "--streaming", "--caption-column", "txt")
     check_bytes(tmp_path / "out", {n: picture(n % 5) for n in range(6)})
 
 

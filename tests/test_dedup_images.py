@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dedup import images
+from dedup import frames, images
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -113,6 +113,33 @@ def test_luma_of_a_jpeg_is_that_of_its_colours(gradient: np.ndarray, orientation
     assert np.abs(luma.grey.astype(int) - np.asarray(grey, int)).max() <= 4
 
 
+@pytest.mark.parametrize("min_side", [None, 12, 30, 64])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_colours_of_a_jpeg_are_those_of_pillow(min_side: int | None, subsampling: str, progressive: bool) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (61, 133, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.fromarray(noise), "JPEG", subsampling=subsampling, progressive=progressive, exif=exif)
+    with Image.open(io.BytesIO(data)) as picture:
+        if min_side is not None:
+            picture.draft("RGB", (min_side, min_side))
+        expected = np.asarray(picture.transpose(Image.Transpose.ROTATE_270))
+    decoded = images.decode(data, min_side=min_side)
+    assert (decoded.width, decoded.height, decoded.format) == (61, 133, "JPEG")
+    assert (decoded.pixels == expected).all()
+
+
+def test_a_jpeg_says_whether_it_is_plain(gradient: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    picture, second = Image.fromarray(gradient), Image.fromarray(gradient[::-1])
+    assert images._is_plain(encode(picture, "JPEG", comment=b"Exif", progressive=True))
+    assert not images._is_plain(encode(picture, "JPEG", exif=exif))
+    assert not images._is_plain(encode(picture, "JPEG", icc_profile=b"\0" * 100))
+    assert images.decode(encode(picture, "MPO", save_all=True, append_images=[second])).format == "MPO"
+
+
 def test_what_the_fast_decoder_refuses_goes_the_slow_way(gradient: np.ndarray) -> None:
     for mode in ("CMYK", "L"):
         data = encode(Image.fromarray(gradient).convert(mode), "JPEG")
@@ -158,14 +185,17 @@ def test_a_later_frame_that_is_too_large() -> None:
 
 def test_transparency_of_a_damaged_animation() -> None:
     """Frames out of order: the first one can be read while the others are counted, and not alone."""
-    frames = [Image.new("RGBA", (40, 30), (200, 0, 0, alpha)) for alpha in (100, 200)]
+    pictures = [Image.new("RGBA", (40, 30), (200, 0, 0, alpha)) for alpha in (100, 200)]
     buffer = io.BytesIO()
-    frames[0].save(buffer, "PNG", save_all=True, append_images=frames[1:])
+    pictures[0].save(buffer, "PNG", save_all=True, append_images=pictures[1:])
     data = bytearray(buffer.getvalue())
     start = data.index(b"fdAT")
     size = struct.unpack(">I", data[start - 4 : start])[0]
     data[start + 4 : start + 8] = (99).to_bytes(4, "big")
     data[start + 4 + size : start + 8 + size] = zlib.crc32(data[start : start + 4 + size]).to_bytes(4, "big")
-    assert images.read_alpha(bytes(data)) in (bytes(data), bytes([100]) * 1_200)
-    assert images.read_alpha(buffer.getvalue()) == bytes([100]) * 1_200
-    assert images.read_alpha(b"no image") == b"no image"
+    damaged = images.decode(bytes(data))
+    assert frames.read_rest(damaged, bytes(data)) == bytes(data)
+    assert len(frames.read_rest(images.decode(buffer.getvalue()), buffer.getvalue())) == 2 * 32
+    still = images.Decoded(damaged.pixels, 40, 30, "PNG")
+    assert frames.read_rest(still, b"no image") == b"no image"
+    assert frames.read_rest(still, encode(pictures[0], "PNG")) == bytes([100]) * 1_200

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from dedup import detail, images, manifest
+from dedup import clustering, detail, images, judge, manifest
 from dedup.options import Options
 from dedup.pipeline import deduplicate
 
@@ -71,3 +71,18 @@ def test_an_error_survives_the_way_back_from_a_worker() -> None:
 
     again = copy.copy(images.ImageError("too-large", "why"))
     assert (again.status, str(again)) == ("too-large", "why")
+
+
+def test_nothing_is_dropped_to_a_row_whose_equal_goes_elsewhere() -> None:
+    """1 and 2 have equal bytes, and 1 goes to 0: so does 2, hence 3, which only 2 was compared with, stays."""
+    found = [(0, 1, "copy"), (1, 2, "bytes"), (2, 3, "copy")]
+    pairs = pl.DataFrame(found, schema=["a", "b", "signal"], orient="row").with_columns(
+        orientation=pl.lit("r0"), score=1.0, transform=pl.lit(None, pl.List(pl.Float64)), **{"class": pl.lit("copy")}
+    )
+    rows = pl.DataFrame({"id": range(4), "scope": "", "width": 9, "height": 9})
+    rank = rows["id"].cast(pl.Int64)
+    decided = clustering.decide(pairs, rank)
+    assert decided["kept_id"].to_list() == [None, 0, 0, None]
+    _, shared = judge.share_fate(rows, pairs, decided, rank)
+    assert shared["kept_id"].to_list() == [None, 0, 0, None]
+    assert shared["keep"].to_list() == [True, False, False, True]

@@ -474,3 +474,17 @@ def test_controls_are_like_canaries_and_stand_nowhere(source: Path, tmp_path: Pa
     assert controls["canary"].n_unique() == 6
     moved = plant(source, tmp_path / "other", controls=6, seed=1, **SMALL)
     assert moved.filter(pl.col("mode").is_null())["canary"].equals(controls["canary"])
+
+
+def test_held_out_images_stand_nowhere_else(source: Path, tmp_path: Path) -> None:
+    few = SMALL | {"fillers": 4}
+    plant(source, tmp_path / "a", held_out=5, **few)
+    apart = {r.data for r in read(tmp_path / "a" / "held-out").values()}
+    used = [read(tmp_path / "a" / name) for name in ("", "canaries", "spare")]
+    assert len(apart) == 5
+    assert not apart & {record.data for records in used for record in records.values()}
+    plant(source, tmp_path / "b", **few)
+    assert not (tmp_path / "b" / "held-out").exists()
+    assert (tmp_path / "a" / "00000.tar").read_bytes() == (tmp_path / "b" / "00000.tar").read_bytes()
+    with pytest.raises(PlantError, match="of 500 held-out images found"):
+        plant(source, tmp_path / "c", held_out=500, **few)

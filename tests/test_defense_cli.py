@@ -40,11 +40,29 @@ def test_train_passes_its_arguments_on(tmp_path, monkeypatch):
         str(tmp_path / "run"),
         "--seed",
         "5",
+        "--samples",
+        "0",
     ]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     assert result.stdout == f"{tmp_path / 'run' / 'model'}\n"
     assert calls == [(Path("OUT"), "refill", TrainConfig(steps=3), tmp_path / "run", 5)]
+
+
+@pytest.mark.parametrize(("rank", "drawn"), [("0", 1), ("1", 0)])
+def test_training_ends_with_a_sheet_of_samples_once(tmp_path, monkeypatch, rank, drawn):
+    from defense import sample, sheet
+    from defense import train as training
+
+    calls = []
+    monkeypatch.setattr(training, "train", lambda *args: None)
+    monkeypatch.setattr(sample, "sample_trained", lambda *args: calls.append(args))
+    monkeypatch.setattr(sheet, "write_sheet", lambda folder: calls.append(folder))
+    monkeypatch.setenv("RANK", rank)
+    (tmp_path / "c.toml").write_text("")
+    words = ["train", "OUT", "--arm", "raw", "--config", str(tmp_path / "c.toml"), "-o", "RUN"]
+    assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
+    assert calls == [(Path("OUT"), Path("RUN"), 8), Path("RUN/samples")] * drawn
 
 
 def test_a_negative_seed_is_refused():

@@ -20,8 +20,9 @@ from test_defense_model import build_ddpm, build_sd14, build_sdxl, save_base
 from defense import data, lora, model
 from defense import loop as loop_
 from defense import train as training
+from defense.batches import Batch
 from defense.config import TrainConfig
-from defense.loop import measure_error
+from defense.loop import pose, predict
 from defense.sampling import sample
 from defense.train import RunError, build_pipeline, train
 
@@ -179,7 +180,11 @@ def test_the_error_is_that_of_the_noise_schedule_of_the_base(out, prediction_typ
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     chosen, captions, timesteps = torch.tensor([0, 5]), torch.tensor([1, 0]), torch.tensor([10, 800])
     noise = torch.randn(2, 4, 8, 8)
-    found = measure_error(pipeline.unet, schedule, examples, chosen, noise, timesteps, captions, "float32")
+    batch = Batch(chosen, noise, timesteps, examples.conditions.pick(captions), captions > 0)
+    cpu, both = torch.device("cpu"), torch.arange(2)
+    noisy, wanted = pose(schedule, examples, batch, both, cpu, torch.channels_last)
+    with torch.no_grad():
+        predicted = predict(pipeline.unet, noisy, timesteps, batch.told.select(both, cpu), "float32")
     latents = examples.latents[chosen]
     signal = pipeline.scheduler.alphas_cumprod[timesteps].view(2, 1, 1, 1)
     a, s = signal.sqrt(), (1 - signal).sqrt()
@@ -187,7 +192,8 @@ def test_the_error_is_that_of_the_noise_schedule_of_the_base(out, prediction_typ
     with torch.no_grad():
         prediction = pipeline.unet(a * latents + s * noise, timesteps, context).sample
     target = a * noise - s * latents if prediction_type == "v_prediction" else noise
-    assert found.item() == pytest.approx((prediction - target).square().mean().item(), rel=1e-4)
+    torch.testing.assert_close(predicted, prediction, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(wanted, target, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "rank"), KINDS)
@@ -289,12 +295,12 @@ def test_out_of_memory_names_the_keys_that_help(out, bases, tmp_path, monkeypatc
     def exhaust(*arguments, **options):
         torch.empty(2**62, dtype=torch.uint8)
 
-    monkeypatch.setattr(loop_, "measure_error", exhaust)
+    monkeypatch.setattr(loop_, "predict", exhaust)
     with pytest.raises(RunError, match="out of memory; less is needed with gradient_checkpointing = true") as caught:
         train(out, "raw", configure(bases["sd14"], precision="bfloat16"), tmp_path / "run", 0)
     assert "accumulation = 4, lora_rank = 4, a smaller resolution" in str(caught.value)
     assert "\n" not in str(caught.value)
-    monkeypatch.setattr(loop_, "measure_error", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(loop_, "predict", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(out, "raw", configure(bases["sd14"]), tmp_path / "other", 0)
 
@@ -309,3 +315,31 @@ def test_a_pickled_base_is_trained_only_by_name(out, bases, tmp_path):
     named = configure(base, 2, steps=1, pickled=("unet/diffusion_pytorch_model.bin",))
     train(out, "raw", named, tmp_path / "run", 0)
     assert isinstance(model.load_pipeline(tmp_path / "run" / "model"), StableDiffusionPipeline)
+
+
+@pytest.mark.parametrize(("kind", "rank"), KINDS)
+def test_every_class_can_be_trained_privately(out, bases, kind, rank, tmp_path):
+    config = configure(bases[kind], rank, steps=2, dp_noise_multiplier=0.5, noise_multiplicity=2, save_steps=(1,))
+    train(out, "raw", config, tmp_path / "run", 0)
+    early, late = (
+        load_file(next((tmp_path / "run" / folder).rglob("*lora*.safetensors" if rank else "unet/*.safetensors")))
+        for folder in ("steps/1/model", "model")
+    )
+    assert all(not torch.equal(early[name], late[name]) for name in late)  # after the second step, too
+    said = [json.loads((tmp_path / "run" / name).read_text()) for name in ("privacy.json", "steps/1/privacy.json")]
+    assert [entry["steps"] for entry in said] == [2, 1]
+    assert weights(model.load_pipeline(tmp_path / "run" / "model"))  # hooks left nothing behind
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("sd14", 2), ("sdxl", 2)])
+def test_what_every_class_is_told_can_be_perturbed(out, bases, kind, rank, tmp_path):
+    usual = configure(bases[kind], rank, steps=2, learning_rate=1e-2)
+    told = {"caption_perturbation": "random-numbers", "perturbation_share": 1.0, "embedding_noise": 0.1}
+    found = []
+    for name, config in {"usual": usual, "told": dataclasses.replace(usual, **told)}.items():
+        train(out, "raw", config, tmp_path / name, 0)
+        found.append(losses(tmp_path / name))
+    assert found[0] != found[1]
+    again = dataclasses.replace(usual, **told)
+    train(out, "raw", again, tmp_path / "again" / "told", 0)
+    assert files(tmp_path / "again" / "told") == files(tmp_path / "told")

@@ -1,12 +1,22 @@
-"""defense.tiny: a pipeline built from a seed, of diffusers' own parts."""
+"""defense.tiny: pipelines built from a seed, of diffusers' own parts; and the one that comes trained."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMPipeline
+from hatchling.builders.wheel import WheelBuilder
 from test_defense_data import build_small, write_autoencoder
 
 from defense import tiny
-from defense.model import ModelError, digest_weights
+from defense.model import SHIPPED, ModelError, digest_weights, find_folder, load_pipeline, save_pipeline
+
+BASE = SHIPPED["tiny-base"]
 
 
 def test_the_tokenizer_is_that_of_clip():
@@ -73,3 +83,79 @@ def test_half_precision_weights_are_opened_in_full(tmp_path):
     opened = tiny.load_autoencoder(tmp_path)
     assert opened.dtype == torch.float32
     assert opened.config.scaling_factor == 1.5
+
+
+OPEN_WITHOUT_US = """
+import json, sys, torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], dtype=torch.float32)
+pipeline.set_progress_bar_config(disable=True)
+prompts = json.loads(sys.argv[2])
+image = pipeline(*prompts, num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
+ours = {"dedup", "defense", "eval"} & set(sys.modules)
+told = [type(pipeline).__name__, str(pipeline.unet.dtype), image.shape, bool((image == image).all()), len(ours)]
+print(json.dumps(told))
+"""
+
+
+def open_without_us(folder: Path, *prompts: str) -> list:
+    command = [sys.executable, "-I", "-c", OPEN_WITHOUT_US, str(folder), json.dumps(prompts)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_base_opens_without_our_code():
+    told = open_without_us(BASE, "a red apple")
+    assert told == ["StableDiffusionPipeline", "torch.float32", [1, 32, 32, 3], True, 0]
+
+
+def test_the_base_is_what_its_origin_says():
+    origin = json.loads((BASE / "origin.json").read_text())
+    base = load_pipeline("tiny-base")
+    assert digest_weights(base) == origin["weights_sha256"]
+    assert len(base.tokenizer) == 49_408
+    assert all(picture["licence"] in ("MIT", "public domain") for picture in origin["pictures"])
+    counts = origin["counts"]
+    assert counts["copies left"] == 0
+    assert counts["files"] - counts["unreadable"] - counts["near a drawing"] == counts["rows"] > counts["kept"] > 5_000
+    assert "/" not in origin["config"]["base"]
+
+
+def test_the_name_of_the_base_wins_over_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "tiny-base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_folder("tiny-base") == BASE
+    assert find_folder("./tiny-base") == Path("tiny-base")
+
+
+def test_the_wheel_holds_the_base(tmp_path):
+    (wheel,) = WheelBuilder(str(Path(__file__).parent.parent)).build(directory=str(tmp_path), versions=["standard"])
+    shipped = {f"defense/weights/tiny-base/{path.relative_to(BASE).as_posix()}" for path in BASE.rglob("*.*")}
+    assert len(shipped) > 8
+    assert shipped <= set(zipfile.ZipFile(wheel).namelist())
+    assert Path(wheel).stat().st_size < 12e6
+
+
+def test_a_model_without_captions_opens_without_our_code(tmp_path):
+    pipeline = tiny.build_tiny_uncond(3, resolution=16, channels=(16, 32))
+    assert isinstance(pipeline, DDPMPipeline)
+    save_pipeline(pipeline, tmp_path / "model")
+    assert open_without_us(tmp_path / "model") == ["DDPMPipeline", "torch.float32", [1, 16, 16, 3], True, 0]
+    assert digest_weights(load_pipeline(tmp_path / "model")) == digest_weights(pipeline)
+
+
+def test_weights_without_captions_depend_on_the_seed_alone():
+    state = torch.random.get_rng_state()
+    first, again, other = (digest_weights(tiny.build_tiny_uncond(seed, channels=(16, 32))) for seed in (1, 1, 2))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"resolution": 36, "channels": (16, 16, 16, 16)}, "multiple of 8"), ({"channels": (24, 32)}, "multiples of 16")],
+)
+def test_sizes_without_captions_that_do_not_fit(options, message):
+    with pytest.raises(ModelError, match=message):
+        tiny.build_tiny_uncond(0, **options)

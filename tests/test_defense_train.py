@@ -18,8 +18,7 @@ from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 from test_defense_data import build_small, make_dataset, write_autoencoder
 
-from defense import data, model
-from defense import loop as loop_
+from defense import batches, data, model
 from defense import train as training
 from defense.arms import ArmError
 from defense.conditions import Conditions
@@ -216,9 +215,9 @@ class Loop:
             count=torch.ones(8, dtype=torch.int64),
         )
 
-    def run(self):
+    def run(self, **defences):
         parts = (self.unet, self.weights, self.average, self.optimizer, self.scheduler)
-        return training_loop(*parts, self.examples, self.config, 0)
+        return training_loop(*parts, self.examples, self.config, 0, **defences)
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
@@ -276,14 +275,14 @@ def test_the_average_follows_the_formula(config, tmp_path):
 
 def test_a_diverging_run_keeps_its_last_good_checkpoint(out, config, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    draw = loop_.draw_noise
+    draw = batches.draw_noise
 
     def spoiled(batch_size, shape, seed, step):
         noise, *rest = draw(batch_size, shape, seed, step)
         return (noise * float("inf") if step == 7 else noise), *rest
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop_, "draw_noise", spoiled)
+        patch.setattr(batches, "draw_noise", spoiled)
         with pytest.raises(DivergedError, match=r"at step 8: lower learning_rate; step 5 is kept in") as caught:
             train(out, "raw", config, run, 0)
     assert "\n" not in str(caught.value)

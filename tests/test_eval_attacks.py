@@ -15,6 +15,7 @@ from eval.distances import l2, scale
 from eval.extraction import ATTACKS, SCHEMAS, attack
 from eval.generate import derive_seed
 from eval.masks import build_mask, build_masks, masked_l2
+from eval.summary import summarise_scores
 from eval.targets import load_pixels, load_reference, load_targets, load_yardstick
 
 
@@ -191,6 +192,9 @@ def test_a_template_comes_back_that_no_picture_shows(framed, tmp_path):
     assert scores.filter(has)["mask_share"].is_between(0.8, 0.9).all()
     assert scores.filter(~has)["matches"].null_count() == (~has).sum()
     assert scores["extracted"].to_list() == has.to_list()
+    summary = summarise_scores(scores)
+    assert (summary["members"]["prompts"], summary["members"]["extracted"], summary["difference"]) == (4, 4, None)
+    assert summary["cannot_match"] == (~has).sum()
     whole = attack(run).filter(has)
     assert whole["extracted"].all()  # and yet no picture came back: why `verbatim` looks at the rest
 
@@ -224,4 +228,5 @@ def test_all_attacks_have_one_signature(out, originals, run):
     for name in ATTACKS:
         scores = attack(run, name)
         assert scores["target_id"].to_list() == load_targets(out)["target_id"].to_list()
-        assert {"matches", "extracted", "best_file", "best_distance"} <= set(scores.columns)
+        assert {"matches", "extracted", "best_file"} <= set(scores.columns)
+        assert {"best_distance", "best_similarity"} & set(scores.columns)

@@ -15,7 +15,6 @@ from defense.config import ConfigError, TrainConfig
 from eval import audit as auditing
 from eval import plan as planning
 from eval.audit import AuditError
-from eval.extraction import attack
 from eval.recipe import Detection, Planting, Recipe, Sampling, load_recipe
 from eval.targets import load_pixels, load_targets
 
@@ -39,10 +38,12 @@ def made(monkeypatch):
     failing: set[str] = set()
 
     def make_run_(out: Path, arm: str, recipe: Recipe, run: Path, seed: int) -> dict:
-        result = {"arm": arm, "seed": seed, "error": None, "seconds": {"train": 1.0}}
+        result = {"arm": arm, "seed": seed, "run": run, "error": None, "seconds": {"train": 1.0}}
+        if f"stop at {run.name}" in failing:
+            raise KeyboardInterrupt
         if run.name in failing:
             return result | {"error": "DivergedError: loss nan"}
-        if not (run / "scores-clique.parquet").exists():
+        if not (run / "generations.parquet").exists():
             calls.append(run.name)
             make_run(run.parent, out, arm, seed)
             (run / "train.jsonl").touch()
@@ -55,8 +56,8 @@ def made(monkeypatch):
                 out,
                 lambda t, j: pixels[t["target_id"]] if t["target_id"] in given else paint(10_000 + j, RESOLUTION),
                 n=4,
+                limit=limit,
             )
-            attack(run)
         return result
 
     monkeypatch.setattr(auditing, "_make_run", make_run_)
@@ -85,7 +86,9 @@ def test_the_job_ends_with_a_verdict_that_a_second_run_does_not_change(pictures,
     assert {p: p.read_bytes() for p in (tmp_path / "dir" / "audit").rglob("*.*")} == before
     declared = manifest.read_json(tmp_path / "dir" / "audit.json")
     assert declared["recipe"]["primary"] == ["refill"]
-    assert declared["calibration_sha256"]["0"] == verdict["per_seed"][0]["calibration_sha256"]
+    thresholds = manifest.read_json(tmp_path / "dir" / "thresholds" / "0.json")
+    assert thresholds["delta"] == manifest.read_json(tmp_path / "dir" / "raw-0" / "calibration.json")["delta"]
+    assert set(declared["calibration_sha256"]) == {"0", "1"}
 
 
 def test_a_run_that_fails_is_told_and_the_others_are_reported(pictures, tmp_path, made):
@@ -98,6 +101,18 @@ def test_a_run_that_fails_is_told_and_the_others_are_reported(pictures, tmp_path
     made[1].update(["raw-0", "refill-0", "raw-1", "refill-1"])
     with pytest.raises(AuditError, match=r"all runs failed.*loss nan"):
         run_audit(pictures, tmp_path / "other")
+
+
+def test_an_interrupted_audit_goes_on_where_it_stopped(pictures, tmp_path, made):
+    made[1].add("stop at raw-1")
+    with pytest.raises(KeyboardInterrupt):
+        run_audit(pictures, tmp_path / "dir")
+    assert made[0] == ["raw-0", "refill-0"]
+    assert not (tmp_path / "dir" / "audit").exists()
+    made[1].clear()
+    verdict = run_audit(pictures, tmp_path / "dir")
+    assert made[0] == ["raw-0", "refill-0", "raw-1", "refill-1"]
+    assert verdict["primary"]["seeds"] == [0, 1]
 
 
 def test_what_was_declared_cannot_be_changed_after_training(pictures, tmp_path, made):
@@ -124,7 +139,7 @@ def test_thresholds_that_differ_from_those_written_down_are_refused(pictures, tm
     run_audit(pictures, tmp_path / "dir")
     for run in ("raw-0", "refill-0"):
         path = tmp_path / "dir" / run / "calibration.json"
-        manifest.write_json(path, manifest.read_json(path) | {"delta_edge": 0.9})
+        manifest.write_json(path, manifest.read_json(path) | {"n_reference": 99})
     with pytest.raises(AuditError, match="raw-0, refill-0 were scored by other thresholds"):
         run_audit(pictures, tmp_path / "dir")
     with_it = run_audit(pictures, tmp_path / "dir", exploratory=True)
@@ -179,13 +194,12 @@ def test_own_data_with_duplicates_have_two_declared_contrasts(pictures, tmp_path
 
 
 def test_the_recipes_in_configs_say_what_they_claim():
-    assert load_recipe(CONFIGS / "audit-cpu.toml") == replace(
-        auditing.DEMO, train=load_recipe(CONFIGS / "audit-cpu.toml").train
-    )
+    assert load_recipe(CONFIGS / "audit-cpu.toml") == auditing.DEMO
+    assert load_recipe(CONFIGS / "capacity.toml").widths == (32, 64, 96)
     paper = load_recipe(CONFIGS / "audit-gpu-sd.toml")
     assert (paper.generate.n, paper.train.resolution, paper.primary) == (500, 512, ("dedup", "dedup-exposure"))
     assert load_recipe(CONFIGS / "audit-smoke.toml").arms == ("raw", "refill", "dedup")
-    assert load_recipe(None) == Recipe()
+    assert load_recipe(None) == Recipe(train=TrainConfig(held_out=0.1))  # own data need controls
     assert load_recipe(None, seeds=3, arms=["refill", "raw"]).arms == ("raw", "refill")
 
 

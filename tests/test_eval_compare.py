@@ -175,7 +175,8 @@ def test_dose_power_delta_and_settings_are_told(pair, audit, verdict):
     assert verdict["power"]["smallest_drop"] == pytest.approx(stats.smallest_drop(8), rel=1e-4)
     assert verdict["delta"]["n"] == 16
     assert verdict["delta"]["min"] <= verdict["delta"]["median"] <= verdict["delta"]["max"] == 0.15
-    settings = {"n": 4, "guidance_scale": 3.0, "steps": 20, "prompts": 16, "nan": {"raw": 0, "refill": 0}}
+    settings = {"n": 4, "guidance_scale": 3.0, "steps": 20, "guard": "none", "prompts": 16}
+    settings |= {"nan": {"raw": 0, "refill": 0}}
     assert verdict["generations"] == settings
     content = (pair[0] / "calibration.json").read_bytes()
     assert (audit / "calibration.json").read_bytes() == content
@@ -452,13 +453,22 @@ def test_single_images_that_come_back_more_often_are_said():
 def test_arms_that_never_extract_leave_an_honest_verdict():
     y = np.zeros((48, 1), bool)
     verdict = judge_simply(tabulate({"raw": y, "refill": y}, M))
-    assert verdict["primary"]["interval"] == [None, None]  # differences that are all equal say nothing
-    low, high = verdict["primary"]["checkpoints"]["pairs"]["interval"]
+    assert verdict["primary"]["interval"] == verdict["primary"]["checkpoints"]["pairs"]["interval"]
+    low, high = verdict["primary"]["interval"]
     assert low == -high
     assert 0.05 < high < 0.15
     assert verdict["primary"]["p_value"] == 1
     assert verdict["dose_response"]["raw"]["all"]["ed50"] is None
     assert "none of 42" in verdict["dose_response"]["raw"]["all"]["reason"]
+
+
+def test_images_that_all_differ_equally_do_not_make_the_interval_a_point():
+    y = (M >= 2)[:, None]
+    primary = judge_simply(tabulate({"raw": y, "refill": ~y & (M > 99)[:, None]}, M))["primary"]
+    assert primary["estimate"] == 1
+    expected = stats.risk_difference(36, 0, 36)
+    assert primary["interval"] == [pytest.approx(expected.low, rel=1e-5), 1]
+    assert "not narrower" in primary["method"]
 
 
 def test_canaries_that_differ_between_seeds_have_no_assignment_test():

@@ -210,6 +210,22 @@ def test_what_cannot_be_sampled_is_refused(out, run, tmp_path):
         generate(run, **SMALL)
 
 
+def test_a_guarded_model_answers_the_same_prompts_and_seeds_under_its_own_digest(out, run, finished, tmp_path):
+    usual = read(finished)
+    guarded = generate(run, guards=["random-tokens", "copy=0"], **SMALL)
+    shared = ["prompt_id", "prompt", "seed"]
+    assert guarded.select(shared).equals(usual.select(shared))
+    assert set(guarded["guard"]) == {"random-tokens=2+copy=0"}
+    assert set(guarded["digest"]).isdisjoint(usual["digest"])
+    log = pl.read_parquet(run / "guards.parquet")
+    assert set(log["prompt_id"]) == set(guarded["prompt_id"])
+    assert log["copy"].sum() == len(guarded.filter(status="refused"))
+    generate(run, guards=["copy=0", "random-tokens=2"], **SMALL)  # nothing is drawn again
+    generate(run, **SMALL)
+    assert not (run / "guards.parquet").exists()
+    assert contents(run).items() >= contents(finished).items()
+
+
 @given(st.text(), st.text())
 def test_names_of_files_hold_no_untrusted_text(target_id, prompt):
     assert re.fullmatch("[0-9a-f]{16}", generate_.name_prompt(target_id, prompt, [0]))

@@ -270,6 +270,13 @@ def test_the_verb_probes_every_target_and_goes_on(out, run, tmp_path, monkeypatc
     assert probe.probe(run, start="random", steps=2).equals(table)
     assert lost.read_bytes() == content
     assert sum(path.stat().st_mtime_ns != before for path, before in times.items()) == 4
+    few = probe.probe(run, start="random", steps=2, limit=1)
+    assert few["multiplicity"].to_list() == [5, 0]
+    assert (
+        table.filter(pl.col("target_id").is_in(few["target_id"].to_list()))
+        .sort("target_id")
+        .equals(few.sort("target_id"))
+    )
     for wrong in ({"start": "magic"}, {"n": 3}):
         with pytest.raises(ProbeError, match="starts from caption or random, and draws 4 images or more"):
             probe.probe(run, **wrong)

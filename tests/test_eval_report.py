@@ -56,7 +56,12 @@ def make_audit(folder: Path, hits: dict[str, int], seeds: tuple[int, ...] = (0,)
                 row |= {"multiplicity": m, "mode": mode, "delta": 0.1, "delta_edge": 0.05, "n_generations": 8}
                 row |= {"matches": 3 * given, "wrong_matches": 0, "n_nan": 0, "training_rows": 99}
                 row |= {"best_distance": 0.03 if given else 0.3, "best_file": files[0], "extracted": given}
-                row |= {"copies": m if arm == "raw" else 1, "clique_size": 3 if given else 1, "clique_k": 3}
+                row |= {
+                    "copies": m if arm == "raw" else 1,
+                    "exposures": 9 * m,
+                    "clique_size": 3 if given else 1,
+                    "clique_k": 3,
+                }
                 rows.append(row | {"clique_flag": given, "clique_mean_distance": 0.01, "direct": given})
             manifest.write_parquet(run / "generations.parquet", pl.concat(made))
     audit = folder / "audit"

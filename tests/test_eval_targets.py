@@ -15,6 +15,7 @@ from dedup.hashing import digest
 from dedup.options import Options
 from dedup.pipeline import deduplicate
 from dedup.plant import plant
+from eval.calibrate import calibrate
 from eval.generate import GENERATIONS, derive_seed
 from eval.targets import REFERENCE, TARGETS, TargetError, load_pixels, load_reference, load_targets, load_yardstick
 
@@ -40,15 +41,16 @@ def make_planted(
     fillers: int = 20,
     edited: float = 0.5,
     seed: int = 0,
+    controls: int = 0,
 ) -> Path:
     """Pictures → a planted dataset → its dedup run. Returns OUT."""
     spare = sum(max(m - 1, 0) for m in levels) * canaries // len(levels)
     src, dst, out = folder / "pictures", folder / f"planted-{seed}", folder / f"out-{seed}"
-    for number in range(canaries + fillers + spare + 10):
+    for number in range(canaries + controls + fillers + spare + 10):
         write_png(src / f"{number:03d}.png", paint(number))
         (src / f"{number:03d}.txt").write_text(f"picture number {number}")
     options = {"multiplicities": levels, "fillers": fillers, "edited": edited, "seed": seed, "min_distance": 0.1}
-    plant(src, dst, canaries=canaries, spare=spare, **options)
+    plant(src, dst, canaries=canaries, controls=controls, spare=spare, **options)
     deduplicate(dst, out, Options(), jobs=1)
     return out
 
@@ -185,6 +187,18 @@ def test_a_target_owns_its_own_picture_alone(planted):
     assert (yardstick.own.sum(axis=1) == 1).all()
     for target, reference in np.argwhere(yardstick.own):
         np.testing.assert_array_equal(yardstick.target_pixels[target], yardstick.reference_pixels[reference])
+
+
+def test_controls_are_measured_like_members(tmp_path):
+    """Canaries of no multiplicity, which are in no copy's table: their own picture must not shrink δ to nothing."""
+    out = make_planted(tmp_path, canaries=4, controls=6, fillers=5)
+    yardstick = load_yardstick(out, RESOLUTION)
+    controls = yardstick.targets.filter(prompt_kind="control")
+    assert len(controls) == 7
+    assert controls["mode"].null_count() >= 6
+    assert (yardstick.own.sum(axis=1) == 1).all()
+    delta = calibrate(yardstick).delta_of(yardstick.targets)
+    assert delta.min() > 0.05
 
 
 def test_most_duplicated_clusters_come_first(plain):
