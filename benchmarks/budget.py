@@ -1,11 +1,11 @@
 """How many of the full schedule's extractions does `generate --budget` find, at what share of its cost?
 
-    python benchmarks/budget.py SRC DIR [--seeds 3] [-n 128]
+    python benchmarks/budget.py SRC DIR [--seeds 3] [-n 64]
 
 SRC: a folder that `benchmarks/detectors.py` or `unmemorize demo` has made: the models raw-0, raw-1 … of planted
 drawings. The dataset is taken as anybody's: without the truth of what was planted, so fillers are prompts as well, and
 100 drawings that stand nowhere in it are controls. The full schedule of n images is evaluated for every picture that
-stands twice or more and a random 30 of the others (of the first seed also the 20 highest of a detector): all would
+stands twice or more and a random 10 of the others (of the first seed also the 20 highest of a detector): all would
 take hours. The rule is the cheapest of a grid that finds 95 % on the first seed, and is judged on the others. Goes on
 after a kill. Prints the tables of docs/benchmarks.md.
 """
@@ -32,7 +32,7 @@ from eval.generate import derive_seed, generate, open_model
 from eval.targets import load_targets, load_yardstick
 
 DETECTORS = ("noise-magnitude", "one-step", "anisotropy")
-CONTROLS, OTHERS, TOP = 100, 30, 20
+CONTROLS, OTHERS, TOP = 100, 10, 20
 GRID = {"spread": (1.0, 1.5, 2.0, 3.0, 4.0), "first": (1, 2, 4, 8), "near": (1.0, 1.2, 1.5, 2.0)}
 STEPS = 15
 NOTHING = {"extracted": False, "best_distance": 1.0, "delta": 0.0}
@@ -135,7 +135,7 @@ def main(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="With raw-0 …, dedup-0 … and drawings.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Working folder.")],
     seeds: Annotated[int, typer.Option(help="The first tunes, the others judge.")] = 3,
-    n: Annotated[int, typer.Option("-n", help="Images a prompt in the full schedule.")] = 128,
+    n: Annotated[int, typer.Option("-n", help="Images a prompt in the full schedule.")] = 64,
 ) -> None:
     directory = directory.resolve()
     controls = directory / "drawings-dedup"

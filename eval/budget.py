@@ -3,7 +3,7 @@
 A cheap detector first; then rounds of images, each as many as there were before, until a prompt is decided in every
 run: stopped by one run alone, the detector would decide what the comparison finds. A random part of the prompts that
 were given up gets the full schedule, which says how many extractions the rule has missed. In: runs over one OUT. Every
-number of the rule is fixed before; benchmarks/budget.py sets it on one training seed and judges it on others.
+number of the rule is fixed before anything is drawn; benchmarks/budget.py is to tune and judge it, and has not yet.
 
     unmemorize generate RUN_A RUN_B --budget -n 128
 """
@@ -49,7 +49,7 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """When a prompt gets images, and when it has had enough. The defaults are measured in docs/benchmarks.md."""
+    """When a prompt gets images, and when it has had enough. The defaults were set by hand: not measured."""
 
     detector: str | None = "noise-magnitude"  # None: every prompt gets its first images
     noises: int = 1
