@@ -299,9 +299,9 @@ def kid_difference(x: np.ndarray, y: np.ndarray, reference: np.ndarray, level: f
         without_pair += sign * less
         without_z -= sign * 2 * (from_z.sum() - from_z) / (n * (m - 1))
     error = math.sqrt((n - 1) * without_pair.var() + (m - 1) * without_z.var())
-    half = float(stats.norm.ppf((1 + level) / 2)) * error
-    p = float(2 * stats.norm.sf(abs(total) / error)) if error > 0 else 1.0
-    return Effect(total, total - half, total + half, level, n, p, "paired jackknife, KID with cubic kernel")
+    half, estimate = float(stats.norm.ppf((1 + level) / 2)) * error, float(total)
+    p = float(2 * stats.norm.sf(abs(estimate) / error)) if error > 0 else 1.0
+    return Effect(estimate, estimate - half, estimate + half, level, n, p, "paired jackknife, KID with cubic kernel")
 
 
 def _kernel(products: np.ndarray, dimension: int) -> np.ndarray:
