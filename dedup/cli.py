@@ -390,6 +390,8 @@ def export(
     without = f" {counts['without_url']:,} have no address." if counts.get("without_url") else ""
     left = counts.get("columns_left")
     left_ = f" {format_} cannot hold the columns {', '.join(left)}: parquet can." if left else ""
+    members = counts.get("members_left")
+    left_ += f" Members {', '.join(members)} of samples stay behind: --format same keeps them." if members else ""
     text = f"{counts['exported']:,} of {counts['rows']:,} rows exported{beside}: {dest}.{without}{left_}"
     typer.echo(json.dumps(counts) if json_ else text)
 

@@ -185,7 +185,7 @@ def _count_beside(rows: pl.DataFrame, shards: Sequence[Shard], parts: Sequence[p
 def _convert(
     src: Path, shards: list[Shard], parts: list[pl.DataFrame], dest: Path, name: str, workers: engine.Workers
 ) -> dict[str, Any]:
-    """Returns the columns of the source that this format cannot hold, if there are any."""
+    """Returns the columns of the source that this format cannot hold, and members of samples that none holds."""
     named = convert.name_samples(pl.concat(parts))
     frames = [named.slice(a, len(part)) for a, part in zip(_starts(list(map(len, parts))), parts, strict=False)]
     full = [(shard, frame) for shard, frame in zip(shards, frames, strict=True) if frame["take"].any()]
@@ -194,7 +194,8 @@ def _convert(
     list(workers.run(convert.WRITE[name], tasks))
     if name in convert.FINISH:
         convert.FINISH[name](src, named, dest, columns, len(full))
-    return {"columns_left": left} if left else {}
+    members = convert.list_members_left(shard for shard, _ in full)
+    return ({"columns_left": left} if left else {}) | ({"members_left": members} if members else {})
 
 
 def _write_index(dest: Path, rows: pl.DataFrame, options: Options) -> None:

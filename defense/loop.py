@@ -117,7 +117,7 @@ def training_loop(
 
 
 def choose_layout(config: TrainConfig) -> torch.memory_format:
-    """Of the weights and images: the faster one, but for Opacus, which reads the other as if it were the usual one."""
+    """Of the weights and images: the faster one, but for Opacus, which needs the usual one."""
     return torch.contiguous_format if config.private else torch.channels_last
 
 

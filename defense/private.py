@@ -59,6 +59,10 @@ class PrivateGradient:
             self.hooks = GradSampleHooks(unet, loss_reduction="sum", strict=True)
         except NotImplementedError as error:
             raise PrivacyError(f"DP-SGD: a layer has no gradients of single images ({error})") from error
+        # Opacus 1.6 reads the memory of what goes into a convolution as if it were in the usual order, and what an
+        # attention layer gives is not.
+        convolutions = (layer for layer in unet.modules() if isinstance(layer, nn.Conv2d))
+        self.handles = [layer.register_forward_pre_hook(_put_in_order) for layer in convolutions]
         self.optimizer = DPOptimizer(
             optimizer,
             noise_multiplier=noise_multiplier,
@@ -85,8 +89,7 @@ class PrivateGradient:
     def _check(self) -> None:
         """Gradients of single images must add up to that of all, which autograd computes anyway.
 
-        Hooks that are not there, or that take a layer for another, give gradients that are wrong in silence: those of
-        Opacus 1.6 read convolutions in the memory format channels_last as if they were in the usual one.
+        Hooks that are not there, or that take a layer for another, give gradients that are wrong in silence.
         """
         whole = torch.stack([weight.grad.norm() for weight in self.names]).norm()
         for weight, name in self.names.items():
@@ -113,8 +116,14 @@ class PrivateGradient:
     def close(self) -> None:
         """Leave the U-Net as it was."""
         self.hooks.cleanup()
+        for handle in self.handles:
+            handle.remove()
         for weight in self.names:
             del weight.summed_grad
+
+
+def _put_in_order(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(tensor.contiguous() for tensor in inputs)
 
 
 def assert_changed(before: Mapping[str, Tensor], weights: Mapping[str, nn.Parameter]) -> None:

@@ -199,9 +199,9 @@ def _explain_memory(run: Path, config: TrainConfig) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         knobs = {
-            "gradient_checkpointing = true": not config.gradient_checkpointing,
+            "gradient_checkpointing = true": not (config.gradient_checkpointing or config.private),
             f"accumulation = {config.batch_size}": config.accumulation < config.batch_size,
-            "precision = 'bfloat16'": config.precision != "bfloat16",
+            "precision = 'bfloat16'": not (config.precision == "bfloat16" or config.private),
             "lora_rank = 4": bool(config.base) and not config.lora_rank,
             "a smaller resolution": True,
         }

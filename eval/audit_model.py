@@ -205,10 +205,12 @@ def audit_model(
         "budget": spent,
         "models": {name: summarise_scores(table) for name, table in scores.items()},
         "over_base": compare_with_base(scores) if "base" in scores else None,
+        "to_label": len(scores["model"]["best_file"].drop_nulls()),
         "detectors": detected,
         "false_matches": calibration,
     }
-    write_labels(runs["model"], directory / "labels")
+    if summary["to_label"]:
+        write_labels(runs["model"], runs["model"] / "review")
     manifest.write_json(directory / "summary.json", summary)
     with _stage("report"):
         write_model_report(directory)

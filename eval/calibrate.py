@@ -147,7 +147,6 @@ def measure_controls(
     edge = _round(np.quantile(tiles, EDGE_QUANTILE)) if len(tiles) else None
     measured = {
         "prompts": len(images),
-        "generations": max(len(each) for each in images),
         "held_out": len(pictures),
         "own_picture": rate(best[np.arange(len(images)), own] <= delta[own]),
         "other_picture": rate((foreign <= delta)[tried]),

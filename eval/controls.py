@@ -8,6 +8,7 @@ threshold is set by what it will judge.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from eval.extraction import find_controls, read_generations, read_images
 from eval.generate import read_config
 from eval.targets import load_pixels, load_targets, load_yardstick
 
+MOST = 2_000  # held-out pictures that are compared: beside those that were asked for, so many in all
 WANTED = 1_000  # held-out pictures: fewer bound a rate of false matches above 1 in 300
 
 
@@ -49,7 +51,8 @@ def calibrate_runs(runs: Sequence[Path]) -> Calibration:
             f"{runs[0]} holds no generations for controls: train with held_out, plant canaries, or generate --controls"
         )
     # in an order that says nothing: a part of them stands for the rest
-    unseen = unseen.sort(pl.col("sha256").str.reverse(), "target_id")
+    unseen = unseen.sort(~pl.col("target_id").is_in(asked), pl.col("sha256").str.reverse(), "target_id")
+    unseen = unseen.head(max(MOST, len(asked)))
     place = {name: number for number, name in enumerate(unseen["target_id"])}
     images, own = [], []
     for run, table in zip(runs, tables, strict=True):
@@ -62,6 +65,9 @@ def calibrate_runs(runs: Sequence[Path]) -> Calibration:
             own.append(place[name])
     pixels = load_pixels(out, unseen, resolution)
     measured = measure_controls(plain, images, np.array(own), pixels, yardstick.reference_pixels)
+    n = generations["n"][0]
+    counted = {"generations": n, "nan": n * len(images) - sum(map(len, images))}
+    measured = replace(measured, controls=(measured.controls or {}) | counted)
     for run in runs:
         path = run / "calibration.json"
         if path.exists():
@@ -105,6 +111,8 @@ def describe_calibration(calibration: Calibration) -> str:
         source = "Webster" if row["delta"] in (0.124, 0.113) else "Carlini"
         name = f"{row['delta']:.3f} ({source})"
         lines.append(f"{name:<28} {'':<28} {_say(row['other_picture']):<28} {_say(row['any_picture'])}")
+    if measured["nan"]:
+        lines.append(f"{measured['nan']:,} generations without finite numbers were left out")
     lines.append(f"Edge threshold {calibration.delta_edge:.3f}. Intervals: 95 %; the upper limit is what n allows.")
     if measured["held_out"] < WANTED:
         lines.append(

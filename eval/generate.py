@@ -132,7 +132,8 @@ def list_asked(
     else:
         told = list_captions(out, targets, captions)
     if config.get("pipeline") in UNCONDITIONAL:
-        told = told.unique("target_id", keep="first", maintain_order=True).with_columns(prompt=pl.lit(""))
+        told = told.unique("target_id", keep="first", maintain_order=True)
+        told = told.with_columns(prompt=pl.lit(""), caption_kind=pl.lit("null"))
     turn, turns = pl.int_range(pl.len()).over("target_id"), pl.len().over("target_id")
     told = told.with_columns(numbers=pl.int_ranges(turn, n, turns)).filter(pl.col("numbers").list.len() > 0)
     asked = targets.drop("prompt").join(told, on="target_id", maintain_order="left")

@@ -132,7 +132,8 @@ def load_targets(
         raise TargetError(f"{out}: no image with a caption, so there is no prompt to attack with")
     parts = [part.with_columns(root=pl.lit(None, pl.String)) for part in (members, unseen)]
     if controls is not None:
-        parts.append(_list_controls(out, controls, rows).head(most))
+        foreign = _list_controls(out, controls, rows)
+        parts.append(foreign if limit is None else foreign.head(limit))
     return pl.concat(part.select(pl.col(name).cast(kind) for name, kind in TARGETS.items()) for part in parts)
 
 

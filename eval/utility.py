@@ -112,7 +112,7 @@ def encode(encoder: embedding.Encoder, pixels: np.ndarray) -> np.ndarray:
 def judge_utility(runs: Sequence[Path], utility: Utility) -> dict[str, Any]:
     """KID of every run, and whether each arm loses less than the margin against raw. "not measured" where it is not."""
     if without := [run.name for run in runs if not (run / FEATURES).exists()]:
-        reason = f"{', '.join(without)} have no {FEATURES}: set images = 1000 in [utility] of an audit's config"
+        reason = f"no {FEATURES} in {', '.join(without)}: set images = 1000 in [utility] of an audit's config"
         return {"measured": False, "reason": reason}
     found: dict[tuple[str, int], dict[str, np.ndarray]] = {}
     for run in runs:

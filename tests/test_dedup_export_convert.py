@@ -41,3 +41,17 @@ def test_a_folder_becomes_a_webdataset_whose_keys_are_its_paths(tmp_path: Path) 
     loaded = datasets.load_dataset("webdataset", data_files=str(tmp_path / "dest" / "*.tar"), split="train")
     assert loaded.column_names[:3] == ["png", "txt", "json"]
     assert len(loaded) == 3
+
+
+@pytest.mark.parametrize("name", ["parquet", "imagefolder", "webdataset"])
+def test_members_that_stay_behind_are_named(tmp_path: Path, name: str) -> None:
+    """A mask and a class beside each image. From webdataset to webdataset they go along."""
+    members = {
+        f"{n}.{kind}": data for n in range(2) for kind, data in [("png", picture(n)), ("npy", b"x"), ("cls", b"1")]
+    }
+    src = write_tars(tmp_path, {"00000.tar": members})
+    deduplicate(src, tmp_path / "out", DedupOptions(level="exact"), jobs=1)
+    counts = export(tmp_path / "out", tmp_path / "dest", Options(name), jobs=1)
+    assert counts["exported"] == 2
+    assert counts.get("members_left") == (None if name == "webdataset" else [".cls", ".npy"])
+    assert counts == export(tmp_path / "out", tmp_path / "dest", Options(name), jobs=1)

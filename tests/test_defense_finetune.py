@@ -315,3 +315,31 @@ def test_a_pickled_base_is_trained_only_by_name(out, bases, tmp_path):
     named = configure(base, 2, steps=1, pickled=("unet/diffusion_pytorch_model.bin",))
     train(out, "raw", named, tmp_path / "run", 0)
     assert isinstance(model.load_pipeline(tmp_path / "run" / "model"), StableDiffusionPipeline)
+
+
+@pytest.mark.parametrize(("kind", "rank"), KINDS)
+def test_every_class_can_be_trained_privately(out, bases, kind, rank, tmp_path):
+    config = configure(bases[kind], rank, steps=2, dp_noise_multiplier=0.5, noise_multiplicity=2, save_steps=(1,))
+    train(out, "raw", config, tmp_path / "run", 0)
+    early, late = (
+        load_file(next((tmp_path / "run" / folder).rglob("*lora*.safetensors" if rank else "unet/*.safetensors")))
+        for folder in ("steps/1/model", "model")
+    )
+    assert all(not torch.equal(early[name], late[name]) for name in late)  # after the second step, too
+    said = [json.loads((tmp_path / "run" / name).read_text()) for name in ("privacy.json", "steps/1/privacy.json")]
+    assert [entry["steps"] for entry in said] == [2, 1]
+    assert weights(model.load_pipeline(tmp_path / "run" / "model"))  # hooks left nothing behind
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("sd14", 2), ("sdxl", 2)])
+def test_what_every_class_is_told_can_be_perturbed(out, bases, kind, rank, tmp_path):
+    usual = configure(bases[kind], rank, steps=2, learning_rate=1e-2)
+    told = {"caption_perturbation": "random-numbers", "perturbation_share": 1.0, "embedding_noise": 0.1}
+    found = []
+    for name, config in {"usual": usual, "told": dataclasses.replace(usual, **told)}.items():
+        train(out, "raw", config, tmp_path / name, 0)
+        found.append(losses(tmp_path / name))
+    assert found[0] != found[1]
+    again = dataclasses.replace(usual, **told)
+    train(out, "raw", again, tmp_path / "again" / "told", 0)
+    assert files(tmp_path / "again" / "told") == files(tmp_path / "told")

@@ -228,4 +228,5 @@ def test_all_attacks_have_one_signature(out, originals, run):
     for name in ATTACKS:
         scores = attack(run, name)
         assert scores["target_id"].to_list() == load_targets(out)["target_id"].to_list()
-        assert {"matches", "extracted", "best_file", "best_distance"} <= set(scores.columns)
+        assert {"matches", "extracted", "best_file"} <= set(scores.columns)
+        assert {"best_distance", "best_similarity"} & set(scores.columns)

@@ -39,9 +39,11 @@ def made(monkeypatch):
 
     def make_run_(out: Path, arm: str, recipe: Recipe, run: Path, seed: int) -> dict:
         result = {"arm": arm, "seed": seed, "run": run, "error": None, "seconds": {"train": 1.0}}
+        if f"stop at {run.name}" in failing:
+            raise KeyboardInterrupt
         if run.name in failing:
             return result | {"error": "DivergedError: loss nan"}
-        if not (run / "scores-clique.parquet").exists():
+        if not (run / "generations.parquet").exists():
             calls.append(run.name)
             make_run(run.parent, out, arm, seed)
             (run / "train.jsonl").touch()
@@ -99,6 +101,18 @@ def test_a_run_that_fails_is_told_and_the_others_are_reported(pictures, tmp_path
     made[1].update(["raw-0", "refill-0", "raw-1", "refill-1"])
     with pytest.raises(AuditError, match=r"all runs failed.*loss nan"):
         run_audit(pictures, tmp_path / "other")
+
+
+def test_an_interrupted_audit_goes_on_where_it_stopped(pictures, tmp_path, made):
+    made[1].add("stop at raw-1")
+    with pytest.raises(KeyboardInterrupt):
+        run_audit(pictures, tmp_path / "dir")
+    assert made[0] == ["raw-0", "refill-0"]
+    assert not (tmp_path / "dir" / "audit").exists()
+    made[1].clear()
+    verdict = run_audit(pictures, tmp_path / "dir")
+    assert made[0] == ["raw-0", "refill-0", "raw-1", "refill-1"]
+    assert verdict["primary"]["seeds"] == [0, 1]
 
 
 def test_what_was_declared_cannot_be_changed_after_training(pictures, tmp_path, made):

@@ -26,12 +26,12 @@ def out(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def unseen(tmp_path_factory) -> Path:
+def unseen(out, tmp_path_factory) -> Path:
     """A dedup run over pictures that OUT does not hold, and one caption and one picture that it does."""
-    folder = tmp_path_factory.mktemp("unseen")
-    for number in [3, *range(500, 540)]:
+    folder, known = tmp_path_factory.mktemp("unseen"), load_targets(out)["prompt"]
+    for number in [int(known[0].split()[-1]), *range(500, 540)]:
         write_png(folder / "src" / f"{number}.png", paint(number))
-        (folder / "src" / f"{number}.txt").write_text("picture number 4" if number == 500 else f"unseen {number}")
+        (folder / "src" / f"{number}.txt").write_text(known[1] if number == 500 else f"unseen {number}")
     deduplicate(folder / "src", folder / "out", Options(), jobs=1)
     return folder / "out"
 
@@ -163,8 +163,9 @@ def test_other_numbers_of_generations_than_calibrated_are_refused(out, tmp_path)
 def test_images_without_finite_numbers_are_left_out(out, tmp_path):
     runs = make_runs(out, tmp_path, answer=lambda target, j: None if j else unrelated(target, j))
     found = calibrate_runs(runs).controls
-    assert found["prompts"] == 4
+    assert (found["prompts"], found["generations"], found["nan"]) == (4, 4, 12)
     assert found["own_picture"]["hits"] == 0
+    attack(runs[0])  # calibrated for as many as were asked for
 
 
 def test_the_verb(out, unseen, tmp_path):
