@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from defense.conditions import Conditions, embed_captions
-from defense.data import fit_chunk, number_texts
+from defense.data import encode_latents, fit_chunk, number_texts
 
 KNOWN = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "DDPMPipeline")
 LARGE = 1024  # pixels a side that are reckoned with when a pipeline does not say how large its images are
@@ -215,6 +215,24 @@ def _decode(pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
     vae = getattr(pipeline, "vae", None)
     images = latents if vae is None else vae.decode(latents / vae.config.scaling_factor).sample
     return images.cpu() / 2 + 0.5
+
+
+@torch.inference_mode()
+def measure_reconstruction(pipeline: DiffusionPipeline, pixels: np.ndarray) -> np.ndarray | None:
+    """float64 (N,): normalised l2 (0 … 1) of uint8 (N, H, W, 3) to what the autoencoder makes of them.
+
+    No image of the model can be nearer to them, but by chance. None for a model without an autoencoder, and for a
+    black box.
+    """
+    if not is_known(pipeline) or getattr(pipeline, "vae", None) is None:
+        return None
+    errors = []
+    for part in torch.from_numpy(pixels).split(fit_chunk(pixels.shape[1])):
+        latents = encode_latents(part.numpy(), pipeline).to(pipeline.vae.device)
+        decoded = _decode(pipeline, latents).clamp(0, 1)  # (B, 3, H, W)
+        difference = decoded - part.permute(0, 3, 1, 2) / 255
+        errors.append(difference.double().square().flatten(1).mean(dim=1).sqrt())
+    return torch.cat(errors).numpy()
 
 
 def _ask(

@@ -207,7 +207,7 @@ def generate_within(
 
 def _open(samplers: dict[Path, Any], arm: Arm) -> Any:
     if arm.run not in samplers:
-        samplers[arm.run] = open_sampler(arm.run, arm.settings, arm.guards)
+        samplers[arm.run] = open_sampler(arm.run, open_model(arm.run), arm.settings, arm.guards)
     return samplers[arm.run]
 
 

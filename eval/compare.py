@@ -18,7 +18,7 @@ import polars as pl
 from dedup import manifest
 from eval.contrasts import AT_LEAST
 from eval.extraction import SCORES
-from eval.generate import read_config
+from eval.generate import read_config, read_reconstruction
 from eval.recipe import Utility
 from eval.targets import read_plant
 from eval.utility import judge_utility
@@ -86,6 +86,7 @@ def compare(
         at_least=at_least,
         changed=changed,
     )
+    verdict["delta"]["reconstruction"] = read_reconstruction(first.path)
     verdict |= {"failed": list(failed), "utility": judge_utility([run.path for run in every], utility or Utility())}
     manifest.write_parquet(audit / "comparison.parquet", rows)
     source = first.path / "calibration.json"

@@ -22,7 +22,7 @@ from dedup import manifest
 from eval.adaptive import ADAPTIVE, pool, score_adaptive
 from eval.calibrate import Calibration, calibrate, freeze
 from eval.distances import flip, l2, max_tile_l2, near_any, scale
-from eval.generate import GENERATIONS, read_config
+from eval.generate import GENERATIONS, read_config, read_reconstruction
 from eval.masks import TEMPLATE, build_masks, score_template
 from eval.replication import ENCODERS, REPLICATION, embed_reference, score_replication, summarise_similarity
 from eval.summary import summarise_scores
@@ -127,6 +127,9 @@ def attack(run: Path, name: str = "clique", *, encoder: str = ENCODERS[0]) -> pl
     summary = summarise_scores(table)
     if yardstick.embedded is not None:
         summary["similarity"]["training"] = summarise_similarity(yardstick.embedded.nearest)
+    delta = calibration.delta_of(yardstick.targets)
+    summary["delta"] = {"min": delta.min(), "median": float(np.median(delta)), "max": delta.max()}
+    summary["reconstruction"] = read_reconstruction(run)
     manifest.write_parquet(run / f"scores-{name}.parquet", table)
     manifest.write_json(run / f"attack-{name}.json", summary)
     return table

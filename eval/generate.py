@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import polars as pl
 from PIL import Image
 from tqdm import tqdm
@@ -23,12 +24,13 @@ from dedup import manifest
 from dedup.engine import available_cpus
 from defense.sample import digest_model
 from eval.prompts import GIVEN, list_captions
-from eval.targets import load_targets
+from eval.targets import load_pixels, load_targets
 
 if TYPE_CHECKING:
     from defense.guards import Drawn, Sampler
 
 BASE_SEED = "unmemorize-1"  # the same for every arm, run and dataset
+RECONSTRUCTION = "reconstruction.json"
 UNCONDITIONAL = ("DDPMPipeline",)  # models that take no prompt; every image of theirs is as good as any other
 BATCH = 64  # images through the model at a time; part of the digest, because it may change the last bit
 
@@ -191,14 +193,33 @@ def open_model(run: Path) -> Any:
     return load_pipeline(run / "model", device=config.get("device", "auto"))
 
 
-def open_sampler(run: Path, settings: dict[str, Any], guards: Sequence[str]) -> "Sampler":
+def open_sampler(run: Path, pipeline: Any, settings: dict[str, Any], guards: Sequence[str]) -> "Sampler":
     """The model of RUN behind its guards."""
     from defense.guards import Setting, build_sampler
 
-    config, pipeline = read_config(run), open_model(run)
+    config = read_config(run)
     side, out = config["config"]["resolution"], Path(config["out"])
     setting = Setting(pipeline, settings["steps"], settings["guidance_scale"], BATCH, side, out)
     return build_sampler(guards, setting)
+
+
+def describe_reconstruction(run: Path, pipeline: Any, asked: pl.DataFrame) -> dict[str, Any] | None:
+    """How near the autoencoder alone comes to the targets, by normalised l2; None for a model without one."""
+    from defense.sampling import measure_reconstruction
+
+    config = read_config(run)
+    targets = asked.unique("target_id", keep="first", maintain_order=True)
+    pixels = load_pixels(Path(config["out"]), targets, config["config"]["resolution"])
+    found = measure_reconstruction(pipeline, pixels)
+    if found is None:
+        return None
+    return {"n": len(found), "median": round(float(np.median(found)), 4), "max": round(float(found.max()), 4)}
+
+
+def read_reconstruction(run: Path) -> dict[str, Any] | None:
+    """What `describe_reconstruction` said of RUN."""
+    path = run / RECONSTRUCTION
+    return manifest.read_json(path) if path.exists() else None
 
 
 def _sample_targets(
@@ -209,7 +230,10 @@ def _sample_targets(
     settings: dict[str, Any],
     guards: Sequence[str],
 ) -> None:
-    sampler = open_sampler(run, settings, guards)
+    pipeline = open_model(run)
+    sampler = open_sampler(run, pipeline, settings, guards)
+    if not (run / RECONSTRUCTION).exists():
+        manifest.write_json(run / RECONSTRUCTION, describe_reconstruction(run, pipeline, asked))
     total = int(asked["numbers"].list.len().sum())
     with tqdm(desc=f"generate {run.name}", unit=" images", total=total, file=sys.stderr, disable=None) as bar:
         for name, row in zip(names, asked.iter_rows(named=True), strict=True):

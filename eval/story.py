@@ -194,10 +194,12 @@ def list_threats(rows: pl.DataFrame, verdict: dict[str, Any], some: dict[str, An
         "pixels (root mean square, 0 … 1): a picture can be recognisable outside it, and two plain ones can be near "
         "without being copies. The gallery shows both.",
     )
+    alone = delta.get("reconstruction")
+    how_far = "" if alone is None else f"Its reconstruction of an image is {alone['median']:.3f} away in the median. "
     yield (
         "The autoencoder stands between.",
-        "What it cannot reconstruct, no generation can give back exactly: copies are never at distance 0, and fine "
-        "detail is not tested.",
+        f"{how_far}What it cannot reconstruct, no generation can give back exactly: copies are never at distance 0, "
+        "and fine detail is not tested.",
     )
     n = verdict["generations"]["n"]
     yield (

@@ -125,6 +125,11 @@ def describe_scores(summary: dict[str, Any], name: str) -> str:
         gap = summary["difference"]
         interval = f"({gap['low']:+.1%} … {gap['high']:+.1%}, 95 %)"
         lines.append(f"{'difference':<20} {gap['estimate']:+.1%} {interval}, p = {gap['p_value']:.2g}")
+    if (alone := summary.get("reconstruction")) is not None:
+        lines.append(
+            f"{'autoencoder alone':<20} {alone['median']:.3f} from an image in the median, at most {alone['max']:.3f}; "
+            f"δ is {summary['delta']['median']:.3f} in the median"
+        )
     if summary["cannot_match"]:
         lines.append(f"{summary['cannot_match']} targets have nothing that could match; they are not counted")
     for group, figures in summary.get("similarity", {}).items():

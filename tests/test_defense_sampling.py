@@ -8,7 +8,7 @@ from test_defense_data import build_small
 from test_defense_model import build_ddpm, build_sd14, build_sdxl, save_base
 
 from defense.model import load_pipeline
-from defense.sampling import make_generators, sample
+from defense.sampling import make_generators, measure_reconstruction, sample
 
 PROMPTS = ["a red fox", "", "two hats"]
 SEEDS = [3, 1, 2**40]
@@ -167,3 +167,16 @@ def test_wrong_arguments(plain):
         sample(plain, ["a"], [1, 2], steps=1, guidance_scale=1.0, batch_size=1)
     with pytest.raises(ValueError, match="guidance_scale"):
         sample(plain, ["a"], [1], steps=1, guidance_scale=0.5, batch_size=1)
+
+
+def test_the_reconstruction_is_that_of_the_autoencoder(plain):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        y = plain.vae.decode(plain.vae.encode(x * 2 - 1).latent_dist.mean).sample
+    expected = ((y / 2 + 0.5).clamp(0, 1) - x).square().flatten(1).mean(1).sqrt()
+    np.testing.assert_allclose(measure_reconstruction(plain, pixels), expected, rtol=1e-4)
+
+
+def test_without_an_autoencoder_there_is_no_reconstruction():
+    assert measure_reconstruction(build_ddpm(), np.zeros((1, 16, 16, 3), np.uint8)) is None

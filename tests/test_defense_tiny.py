@@ -11,10 +11,12 @@ import pytest
 import torch
 from diffusers import DDPMPipeline
 from hatchling.builders.wheel import WheelBuilder
-from test_defense_data import build_small, write_autoencoder
+from test_defense_data import build_small, make_dataset, write_autoencoder
 
 from defense import tiny
+from defense.config import TrainConfig
 from defense.model import SHIPPED, ModelError, digest_weights, find_folder, load_pipeline, save_pipeline
+from defense.train import train
 
 BASE = SHIPPED["tiny-base"]
 
@@ -159,3 +161,21 @@ def test_weights_without_captions_depend_on_the_seed_alone():
 def test_sizes_without_captions_that_do_not_fit(options, message):
     with pytest.raises(ModelError, match=message):
         tiny.build_tiny_uncond(0, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"base": "tiny-base"}, "StableDiffusionPipeline"),
+        ({"model": "tiny-uncond", "resolution": 16, "channels": (16, 32)}, "DDPMPipeline"),
+    ],
+)
+def test_what_a_config_names_is_trained(options, kind, tmp_path):
+    out, run = make_dataset(tmp_path / "dataset"), tmp_path / "run"
+    train(out, "raw", TrainConfig(steps=2, batch_size=4, device="cpu", **options), run, 0)
+    assert len((run / "train.jsonl").read_text().splitlines()) == 2
+    trained = load_pipeline(run / "model")
+    assert type(trained).__name__ == kind
+    start = load_pipeline("tiny-base") if "base" in options else tiny.build_tiny_uncond(0, channels=(16, 32))
+    weights = zip(trained.unet.parameters(), start.unet.parameters(), strict=True)
+    assert any(not torch.equal(after, before) for after, before in weights)

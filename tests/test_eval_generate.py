@@ -1,5 +1,6 @@
 """eval.generate with a tiny untrained pipeline: same noise for every model, nothing lost, nothing done twice."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -23,7 +24,9 @@ from defense.config import TrainConfig
 from defense.model import load_pipeline, save_changed
 from defense.train import build_pipeline
 from eval import generate as generate_
+from eval.extraction import attack
 from eval.generate import GENERATIONS, GenerateError, derive_seed, generate, read_config
+from eval.summary import describe_scores
 from eval.targets import TargetError, load_targets
 
 SMALL = {"n": 3, "steps": 2, "guidance_scale": 2.0}
@@ -287,3 +290,15 @@ def test_captions_by_kind(captioned, models, tmp_path):
     assert set(nothing["caption_kind"]) == {"null"}
     with pytest.raises(TargetError, match="unknown kind of captions"):
         generate(run, captions="loud", **SMALL)
+
+
+def test_what_the_autoencoder_alone_costs_is_told(run):
+    generate(run, **SMALL | {"n": 4})
+    table = attack(run)
+    told = json.loads((run / "reconstruction.json").read_text())
+    assert told["n"] == len(table)
+    assert 0 < told["median"] <= told["max"] < 1
+    summary = json.loads((run / "attack-clique.json").read_text())
+    assert summary["reconstruction"] == told
+    assert summary["delta"]["max"] == table["delta"].max()
+    assert f"autoencoder alone    {told['median']:.3f} from an image" in describe_scores(summary, "clique")
