@@ -4,8 +4,9 @@
     python benchmarks/train_speed.py arms OUT [--config configs/tiny-base.toml] [--steps 200]
 
 overhead: steps of `training_loop` with the log of a run, and of ten lines that draw noise and rows, go through the same
-U-Net and step AdamW, in turn, in processor time of one thread; medians. The bare loop has no captions that change, no
-average of the weights, no clipped gradient and no reproducible order. A checkpoint is timed alone and shared out.
+U-Net and step AdamW, in turn, in processor time of one thread; medians. The bare loop has no captions that change and
+no reproducible order; once it clips the gradient and averages the weights as the recipe wants, once not even that. A
+checkpoint is timed alone and shared out.
 arms: `unmemorize train` for some steps of every arm of OUT, one process after the other: images a second of processor
 time while it trains, seconds before that (imports, decoding, encoding), peak memory.
 """
@@ -63,15 +64,18 @@ def train_ours(pipeline: Any, examples: Examples, config: TrainConfig, log: Path
             yield
             if done.step == config.steps - 1:
                 start = time.process_time()
-                save_checkpoint(log.with_suffix(".safetensors"), done.step, weights, average, optimizer)
+                save_checkpoint(log.with_suffix(".safetensors"), done.step, weights, average, optimizer, {})
                 log.with_suffix(".seconds").write_text(str(time.process_time() - start))
 
 
-def train_bare(pipeline: Any, examples: Examples, config: TrainConfig) -> Iterator[None]:
+def train_bare(pipeline: Any, examples: Examples, config: TrainConfig, same: bool) -> Iterator[None]:
+    """same: with the clipped gradient and the average of the weights."""
     unet = pipeline.unet.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(unet.parameters(), config.learning_rate, fused=True)
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     latents, tokens = examples.latents, examples.conditions.tokens
+    weights = [weight.detach() for weight in unet.parameters()]
+    average = [weight.clone() for weight in weights]
     for _ in range(config.steps):
         rows = torch.randint(ROWS, (config.batch_size,))
         x, timesteps = latents[rows], torch.randint(1000, (config.batch_size,))
@@ -79,8 +83,12 @@ def train_bare(pipeline: Any, examples: Examples, config: TrainConfig) -> Iterat
         noisy = schedule.add_noise(x, noise, timesteps).contiguous(memory_format=torch.channels_last)
         prediction = unet(noisy, timesteps, encoder_hidden_states=tokens[rows], return_dict=False)[0]
         F.mse_loss(prediction, schedule.get_velocity(x, noise, timesteps)).backward()
+        if same:
+            torch.nn.utils.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+        if same:
+            torch._foreach_lerp_(average, weights, 1 - config.ema_decay)
         yield
 
 
@@ -102,17 +110,23 @@ def overhead(
     chosen = replace(load_config(config), steps=BLOCK * (rounds + 1) + 1)
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "train.jsonl"
-        pipelines = [build_pipeline(chosen, 0)[0] for _ in range(2)]
+        pipelines = [build_pipeline(chosen, 0)[0] for _ in range(3)]
         examples = make_examples(pipelines[0])
-        ours, bare = train_ours(pipelines[0], examples, chosen, log), train_bare(pipelines[1], examples, chosen)
-        measure(ours), measure(bare)  # the first steps make room for what the others use
-        pairs = [(measure(ours), measure(bare)) for _ in range(rounds)]
+        ours = train_ours(pipelines[0], examples, chosen, log)
+        others = [train_bare(pipelines[1 + same], examples, chosen, same=bool(same)) for same in range(2)]
+        for loop in (ours, *others):
+            measure(loop)  # the first steps make room for what the others use
+        rows = [[measure(loop) for loop in (ours, *others)] for _ in range(rounds)]
         next(ours, None)
         shared = float(log.with_suffix(".seconds").read_text()) / chosen.checkpoint_every
-    mine, other = (median(seconds) for seconds in zip(*pairs, strict=True))
-    ratios = [(a + shared) / b - 1 for a, b in pairs]
-    print(f"a step of {chosen.batch_size}: ours {mine * 1e3:.1f} ms, bare {other * 1e3:.1f} ms, ", end="")
-    print(f"checkpoints {shared * 1e3:.2f} ms; overhead {median(ratios):.1%} ({min(ratios):.1%} … {max(ratios):.1%})")
+    for name, column in (("bare", 1), ("bare, clipped and averaged", 2)):
+        ratios = [(row[0] + shared) / row[column] - 1 for row in rows]
+        mine, other = (median(row[place] for row in rows) for place in (0, column))
+        print(
+            f"a step of {chosen.batch_size}: ours {mine * 1e3:.1f} ms + {shared * 1e3:.2f} of checkpoints, {name} ",
+            end="",
+        )
+        print(f"{other * 1e3:.1f} ms; overhead {median(ratios):.1%} ({min(ratios):.1%} … {max(ratios):.1%})")
 
 
 @app.command()
