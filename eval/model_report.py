@@ -36,7 +36,7 @@ def write_model_report(directory: Path) -> Path:
     members, controls = (rows.filter(prompt_kind=kind) for kind in ("member", "control"))
     back = members.filter(pl.col("target_id").is_in(given)).sort(-pl.col("multiplicity"), "target_id")
     others = members.filter(~pl.col("target_id").is_in(given)).sort("near", "target_id", nulls_last=True)
-    false = controls.filter(pl.col("target_id").is_in(given)).sort("target_id")
+    mistaken = controls.filter(pl.col("target_id").is_in(given)).sort("target_id")
     out = Path(summary["out"])
     originals = {str(out): read_originals(out, rows["key"].unique().to_list())}
     pictures: dict[str, bytes] = {}
@@ -56,7 +56,7 @@ def write_model_report(directory: Path) -> Path:
             headline=tell(summary),
             cases=collect_cases(back, limit=CASES, **options),
             others=collect_cases(others, limit=OTHERS, **options),
-            false=collect_cases(false, limit=OTHERS, **options),
+            mistaken=collect_cases(mistaken, limit=OTHERS, **options),
             doses=count_doses(members, list(summary["runs"])),
             delta=[rows["delta"].min(), rows["delta"].median(), rows["delta"].max()],
             credit=read_credit(source_of(out)),

@@ -60,15 +60,14 @@ def _count(rows: pl.DataFrame, level: float) -> dict[str, Any]:
 def _rate_generations(matches: np.ndarray, made: np.ndarray, level: float) -> dict[str, Any]:
     """Share of all generations that match, with an interval over prompts: those of one prompt are not independent.
 
-    Bootstrap (BCa); where no prompt or every one has a match, the bound that so many prompts allow.
+    Bootstrap (BCa); where no prompt or every one has a match, or BCa fails, the bound that so many allow.
     """
     found = {"count": int(matches.sum()), "n": int(made.sum()), "level": level}
     estimate = found["count"] / max(1, found["n"])
     share = matches / np.maximum(made, 1)
-    if len(share) < 3 or share.min() == share.max():
-        bound = metrics.rate(int((matches > 0).sum()), len(matches), level)
-        low, high, method = min(bound.low, estimate), max(bound.high, estimate), f"of prompts, {bound.method}"
-    else:
+    low = high = math.nan
+    method = "bootstrap of prompts (BCa)"
+    if len(share) >= 3 and share.min() < share.max():
         interval = stats.bootstrap(
             (matches, made),
             lambda m, n, axis: m.sum(axis=axis) / np.maximum(n.sum(axis=axis), 1),
@@ -77,7 +76,10 @@ def _rate_generations(matches: np.ndarray, made: np.ndarray, level: float) -> di
             n_resamples=DRAWS,
             rng=np.random.default_rng(0),
         ).confidence_interval
-        low, high, method = float(interval.low), float(interval.high), "bootstrap of prompts (BCa)"
+        low, high = float(interval.low), float(interval.high)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        bound = metrics.rate(int((matches > 0).sum()), len(matches), level)
+        low, high, method = min(bound.low, estimate), max(bound.high, estimate), f"of prompts, {bound.method}"
     return found | _plain({"estimate": estimate, "low": low, "high": high, "method": method})
 
 
