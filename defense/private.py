@@ -155,7 +155,7 @@ def protect_group(epsilon: float, delta: float, copies: int) -> dict[str, Any]:
     Group privacy (Dwork & Roth 2014, theorem 2.2; δ by Vadhan 2017, lemma 2.2). From δ = 1 on it says nothing.
     """
     exponent = math.log(copies) + (copies - 1) * epsilon + math.log(delta)
-    group_delta = math.exp(exponent) if exponent < 0 else 1.0
+    group_delta = copies * math.exp((copies - 1) * epsilon) * delta if exponent < 0 else 1.0
     guarantee = group_delta < 1
     return {
         "copies": copies,

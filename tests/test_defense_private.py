@@ -170,7 +170,8 @@ def test_copies_are_protected_as_a_group(epsilon, m):
     else:
         assert said["epsilon"] == pytest.approx(m * epsilon)
         assert said["delta"] == pytest.approx(math.exp(exact))
-    assert protect_group(epsilon, 1e-6, 1)["epsilon"] == epsilon
+    alone = protect_group(epsilon, 1e-6, 1)
+    assert (alone["epsilon"], alone["delta"]) == (epsilon, 1e-6)
 
 
 def test_a_private_run_says_what_it_spent_and_resumes_to_the_bit(out, config, tmp_path, monkeypatch):
