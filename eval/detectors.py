@@ -24,6 +24,7 @@ from eval import metrics
 from eval.denoiser import Denoiser, DenoiserError, open_denoiser
 from eval.generate import derive_seed, digest_model, read_config
 from eval.prompts import PROMPTS, list_prompts
+from eval.stats import plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,7 +171,7 @@ def detect(
         table = table.select(pl.col(column).cast(kind) for column, kind in DETECTIONS.items())
         manifest.write_parquet(run / f"scores-{name}.parquet", table)
     summary = summarise(prompts, scores | {BLIND: blind}, at_least)
-    summary = _plain(summary | {"n": n, "digest": digest})
+    summary = plain(summary | {"n": n, "digest": digest})
     manifest.write_json(run / "detectors.json", summary)
     return summary
 
@@ -291,12 +292,3 @@ def describe(summary: dict[str, Any], run: Path) -> str:
         interval = f"{area['estimate']:.3f} ({area['low']:.3f} … {area['high']:.3f})"
         lines.append(f"{name:<16} {interval:<21} {share:<13} {precision['low']:.2g} or more{sure}")
     return "\n".join([*lines, f"details: {run}/detectors.json, scores: {run}/scores-*.parquet"])
-
-
-def _plain(value: Any) -> Any:
-    """JSON values: None for what is not finite."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if np.isfinite(value) else None
-    return value

@@ -10,7 +10,7 @@ likely a member. Knows nothing of generations.
 import io
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from eval.denoiser import Denoiser, open_denoiser
 from eval.generate import derive_seed, digest_model, read_config
 from eval.inference import infer_dataset, orient
 from eval.prompts import list_prompts
+from eval.stats import plain
 from eval.targets import load_pixels, load_targets
 
 if TYPE_CHECKING:
@@ -245,20 +246,13 @@ def summarise(table: pl.DataFrame) -> dict[str, Any]:
             if member[some := (~member) | (table["multiplicity"] == m).to_numpy()].any()
         }
         summary["scores"][name] = {
-            "auc": _plain(asdict(area)),
-            "over_blind": _plain(asdict(gain)),
+            "auc": plain(area),
+            "over_blind": plain(gain),
             "beats_blind": area.low > 0.5 and gain.low > 0,
             "auc_by_multiplicity": by,
-            "tpr_at_fpr": {f"{fpr:g}": _plain(asdict(metrics.tpr_at_fpr(values, member, fpr))) for fpr in FPRS},
+            "tpr_at_fpr": {f"{fpr:g}": plain(metrics.tpr_at_fpr(values, member, fpr)) for fpr in FPRS},
         }
     return summary
-
-
-def _plain(value: Any) -> Any:
-    """JSON values: None for what is not finite."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return (float(f"{value:.6g}") if np.isfinite(value) else None) if isinstance(value, float) else value
 
 
 def describe(summary: dict[str, Any], run: Path) -> str:

@@ -6,8 +6,9 @@ estimates that do not exist are NaN, and a result that cannot be computed says w
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 from scipy import optimize, special, stats
@@ -344,3 +345,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.full(len(p), math.nan)
     adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
     return adjusted.tolist()
+
+
+def plain(value: Any) -> Any:
+    """JSON values: floats with six significant digits, None for what is not finite; dataclasses as dicts."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

@@ -14,7 +14,7 @@ from scipy import stats
 
 from eval import metrics
 from eval.replication import summarise_similarity
-from eval.stats import Effect, wilson
+from eval.stats import Effect, plain, wilson
 
 # Stable Diffusion 1.4, sec. 4.2: captions of the most duplicated images, 500 generations each; found by ℓ2, and with
 # the near-copies that were found by eye.
@@ -36,7 +36,7 @@ def summarise_scores(scores: pl.DataFrame, level: float = 0.95) -> dict[str, Any
     difference = rate_difference(extracted[0], sizes[0], extracted[1], sizes[1], level)
     kinds = sorted(scores["caption_kind"].unique().drop_nulls())
     by_kind = {kind: _count(groups["members"].filter(caption_kind=kind), level) for kind in kinds}
-    summary |= {"difference": None if difference is None else _plain(asdict(difference)), "by_caption_kind": by_kind}
+    summary |= {"difference": None if difference is None else plain(difference), "by_caption_kind": by_kind}
     if "similarity" in scores.columns:
         summary["similarity"] = {name: _summarise(rows) for name, rows in groups.items()}
     return summary | {"cannot_match": len(scores) - len(asked), "literature": LITERATURE}
@@ -53,7 +53,7 @@ def _count(rows: pl.DataFrame, level: float) -> dict[str, Any]:
     if not len(rows):
         return found
     matches = rows["matches"].to_numpy()
-    per_prompt = _plain(asdict(metrics.rate(extracted, len(rows), level)))
+    per_prompt = plain(metrics.rate(extracted, len(rows), level))
     return found | {"per_prompt": per_prompt, "per_generation": _rate_generations(matches, made, level)}
 
 
@@ -80,7 +80,7 @@ def _rate_generations(matches: np.ndarray, made: np.ndarray, level: float) -> di
     if not (math.isfinite(low) and math.isfinite(high)):
         bound = metrics.rate(int((matches > 0).sum()), len(matches), level)
         low, high, method = min(bound.low, estimate), max(bound.high, estimate), f"of prompts, {bound.method}"
-    return found | _plain({"estimate": estimate, "low": low, "high": high, "method": method})
+    return found | plain({"estimate": estimate, "low": low, "high": high, "method": method})
 
 
 def rate_difference(a: int, n_a: int, b: int, n_b: int, level: float = 0.95) -> Effect | None:
@@ -100,14 +100,7 @@ def rate_difference(a: int, n_a: int, b: int, n_b: int, level: float = 0.95) -> 
 
 def _summarise(rows: pl.DataFrame) -> dict[str, float] | None:
     values = rows["similarity"].explode().drop_nulls().to_numpy()
-    return _plain(summarise_similarity(values)) if len(values) else None
-
-
-def _plain(value: Any) -> Any:
-    """Six digits; None for what is not finite."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return (float(f"{value:.6g}") if math.isfinite(value) else None) if isinstance(value, float) else value
+    return plain(summarise_similarity(values)) if len(values) else None
 
 
 def describe_scores(summary: dict[str, Any], name: str) -> str:

@@ -7,7 +7,6 @@ against dedup and dedup-exposure on any other. Knows nothing of files or images.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, is_dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -76,7 +75,7 @@ def judge(
         "exploratory": [explore(rows, (arms[0], arm), at_least) for arm in arms[1:]] if primary else [],
         "changed": list(changed),
     }
-    return _plain(verdict)
+    return stats.plain(verdict)
 
 
 def describe_label(rows: pl.DataFrame, primary: dict[str, Any] | None, changed: Sequence[str], at_least: int) -> str:
@@ -239,16 +238,3 @@ def _report_rate(rate: stats.Rate) -> dict[str, Any]:
         "interval": [rate.low, rate.high],
         "method": rate.method,
     }
-
-
-def _plain(value: Any) -> Any:
-    """JSON values: floats with six significant digits, None for what is not finite."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
