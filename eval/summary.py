@@ -5,7 +5,6 @@ the controls beside it. Knows nothing of models or files.
 """
 
 import math
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
