@@ -39,7 +39,7 @@ from eval.utility import measure_utility
 
 TINY = TrainConfig(base="tiny-base", steps=800)  # configs/tiny-base.toml
 DEMO = Recipe(plant=Planting(controls=48), train=TINY, utility=Utility(images=1_000))
-QUICK = Recipe(seeds=1, plant=Planting(canaries=24, controls=48), train=TINY)
+QUICK = replace(DEMO, seeds=1, utility=Utility())
 MENDABLE = (ValueError, OSError, RuntimeError)  # of one arm: the others are reported
 
 

@@ -25,6 +25,7 @@ for part in (dedup.cli.app, defense.cli.app):  # flat verbs: `unmemorize dedup`,
 
 
 INTERRUPTED = 130
+ONLY = ("only_a", "only_b")  # of the two arms of a contrast
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder made by `unmemorize train`.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
 RedactOption = Annotated[bool, typer.Option("--redact", help="A page without images, captions and names of files.")]
@@ -369,15 +370,23 @@ def _tell_failures(failed: list[dict]) -> None:
 
 
 def _summary(verdict: dict, page: Path) -> str:
-    lines = [f"Report: {page}"]
     primary = verdict["primary"]
     if primary is None:
-        return "\n".join([verdict["label"], *lines])
-    for found in (primary, *verdict["co_primary"]):
-        low, high = found["interval"]
-        drop = f"{found['contrast']}: {found['estimate']:+.1%} of {found['n_clusters']} images extracted"
-        lines.insert(-1, f"{drop} ({found['level']:.0%} interval {low:+.1%} … {high:+.1%})")
-    return "\n".join([*lines[:-1], f"It {verdict['label']}.", lines[-1]])
+        return f"{verdict['label']}\nReport: {page}"
+    told = [_describe_contrast(found) for found in (primary, *verdict["co_primary"])]
+    return "\n".join([*told, f"It {verdict['label']}.", f"Report: {page}"])
+
+
+def _describe_contrast(found: dict) -> str:
+    """Counts, and the difference in points: not that of the counts, where it is corrected by the multiplicities."""
+    arms, counts, n = found["contrast"].split(" - "), found["counts"], found["n_pairs"]
+    back = [f"{arm} gave back {counts['both'] + counts[side]} of {n}" for arm, side in zip(arms, ONLY, strict=True)]
+    estimate, low, high = (round(100 * value, 1) + 0.0 for value in (found["estimate"], *found["interval"]))
+    corrected = (
+        "" if abs(found["estimate"] - found["plain"]["estimate"]) < 1e-9 else ", corrected for images of few copies"
+    )
+    interval = f"{found['level']:.0%} interval {low:+.1f} … {high:+.1f}"
+    return f"{', '.join(back)} images: a difference of {estimate:+.1f} points ({interval}{corrected})"
 
 
 def main() -> None:

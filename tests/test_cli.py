@@ -14,6 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from eval.audit import QUICK, demo
+from eval.cli import _summary
 from eval.cli import app
 from eval.recipe import Utility
 
@@ -147,3 +148,16 @@ def test_the_demo_runs_and_its_parts_are_not_made_twice(tmp_path: Path) -> None:
     before = model.stat().st_mtime_ns
     assert demo(tmp_path, recipe) == verdict
     assert model.stat().st_mtime_ns == before
+
+
+def test_what_an_audit_says_in_the_terminal(tmp_path: Path) -> None:
+    """Counts are counts; a difference that is corrected says so, and nothing is less than nothing."""
+    counts = {"both": 1, "only_a": 10, "only_b": 0, "neither": 7}
+    found = {"contrast": "raw - refill", "estimate": 4 / 9, "interval": [-1e-16, 1.0], "level": 0.95, "n_pairs": 18}
+    found |= {"counts": counts, "plain": {"estimate": 5 / 9}}
+    told = _summary({"primary": found, "co_primary": [], "label": "describes this"}, tmp_path)
+    assert told.splitlines()[0] == (
+        "raw gave back 11 of 18, refill gave back 1 of 18 images: a difference of +44.4 points "
+        "(95% interval +0.0 … +100.0, corrected for images of few copies)"
+    )
+    assert "corrected" not in _summary({"primary": found | {"plain": found}, "co_primary": [], "label": ""}, tmp_path)
