@@ -16,8 +16,9 @@ import polars as pl
 import typer
 from threadpoolctl import threadpool_limits
 
+from defense.distances import scale
 from eval.calibrate import calibrate
-from eval.distances import max_tile_l2, scale
+from eval.distances import max_tile_l2
 from eval.extraction import score_clique
 from eval.targets import REFERENCE, TARGETS, Yardstick
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from defense.distances import l2, scale
 from eval.calibrate import RATIO, Calibration, CalibrationError
-from eval.distances import l2, scale
 from eval.metrics import adaptive_ratio
 from eval.targets import Yardstick
 

@@ -15,7 +15,8 @@ import numpy as np
 import polars as pl
 
 from dedup import manifest
-from eval.distances import flip, flip_min, l2, max_tile_l2, scale
+from defense.distances import flip, flip_min, l2, scale
+from eval.distances import max_tile_l2
 from eval.metrics import adaptive_ratio
 from eval.targets import Yardstick
 

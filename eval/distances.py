@@ -1,4 +1,4 @@
-"""Distances between pictures that attacks use: those of `defense.distances`, and the largest of their tiles.
+"""Distances that attacks use beside those of `defense.distances`: the largest of their tiles, and near any of many.
 
 Arrays in, arrays out; 0 … 1 for pixels in 0 … 1; smaller = more alike. Knows nothing of files or thresholds.
 """
@@ -7,10 +7,7 @@ import itertools
 
 import numpy as np
 
-from defense.distances import flip as flip
-from defense.distances import flip_min as flip_min
-from defense.distances import l2 as l2
-from defense.distances import scale as scale
+from defense.distances import l2, scale
 
 
 def near_any(images: np.ndarray, pixels: np.ndarray, chosen: np.ndarray, delta: float, batch: int = 256) -> np.ndarray:

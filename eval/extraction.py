@@ -19,9 +19,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from dedup import manifest
+from defense.distances import flip, l2, scale
 from eval.adaptive import ADAPTIVE, pool, score_adaptive
 from eval.calibrate import Calibration, calibrate, freeze
-from eval.distances import flip, l2, max_tile_l2, near_any, scale
+from eval.distances import max_tile_l2, near_any
 from eval.generate import GENERATIONS, read_config, read_reconstruction
 from eval.masks import TEMPLATE, build_masks, score_template
 from eval.replication import ENCODERS, REPLICATION, embed_reference, score_replication, summarise_similarity

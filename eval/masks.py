@@ -12,8 +12,8 @@ import polars as pl
 from scipy import ndimage
 
 from dedup import manifest
+from defense.distances import flip, l2, scale
 from eval.calibrate import DELTA, Calibration
-from eval.distances import flip, l2, scale
 from eval.targets import Yardstick, load_pixels, read_plant
 
 # Webster 2023 (make masks of neighbours at 256 pixels): SSE above 100, colours within 0.03 over the channels, an

@@ -17,7 +17,8 @@ import polars as pl
 
 from dedup import images, manifest, sources
 from dedup.report import environment, read_credit
-from eval.distances import l2, max_tile_l2, scale
+from defense.distances import l2, scale
+from eval.distances import max_tile_l2
 from eval.extraction import find_largest_clique, read_images
 from eval.figures import draw_dose, draw_interval
 from eval.story import count_arm, list_threats, name_arm, name_images, tell_privacy, tell_story

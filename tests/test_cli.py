@@ -14,8 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from eval.audit import QUICK, demo
-from eval.cli import _summary
-from eval.cli import app
+from eval.cli import _summary, app
 from eval.recipe import Utility
 
 ROOT = Path(__file__).parent.parent

@@ -10,8 +10,8 @@ from test_eval_targets import RESOLUTION, make_plain, make_planted, make_run, pa
 from dedup import manifest
 from dedup.options import Options
 from dedup.pipeline import deduplicate
+from defense.distances import l2, scale
 from eval.calibrate import CalibrationError, calibrate
-from eval.distances import l2, scale
 from eval.extraction import ATTACKS, SCHEMAS, attack
 from eval.generate import derive_seed
 from eval.masks import build_mask, build_masks, masked_l2

@@ -12,9 +12,10 @@ from test_eval_targets import RESOLUTION, make_plain, make_planted
 from dedup import manifest
 from dedup.options import Options
 from dedup.pipeline import deduplicate
+from defense.distances import flip, l2, scale
 from eval import calibrate as calibration_
 from eval.calibrate import CalibrationError, calibrate, freeze
-from eval.distances import flip, l2, max_tile_l2, scale
+from eval.distances import max_tile_l2
 from eval.targets import REFERENCE, TARGETS, Yardstick, load_yardstick
 
 

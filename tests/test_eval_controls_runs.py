@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from dedup import manifest
 from dedup.options import Options
 from dedup.pipeline import deduplicate
+from defense.distances import scale
 from eval.calibrate import CalibrationError, calibrate, freeze, measure_controls
 from eval.cli import app
 from eval.controls import calibrate_runs
-from eval.distances import scale
 from eval.extraction import AttackError, attack
 from eval.targets import TargetError, load_pixels, load_targets
 

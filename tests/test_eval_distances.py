@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from defense import distances
-from eval.distances import flip, flip_min, l2, max_tile_l2, near_any, scale
+from defense.distances import flip, flip_min, l2, scale
+from eval.distances import max_tile_l2, near_any
 
 
 def random_images(n: int, side: int = 32, seed: int = 0) -> np.ndarray:

@@ -22,8 +22,8 @@ from test_eval_targets import (
 )
 
 from dedup import manifest
+from defense.distances import flip, l2, scale
 from eval.calibrate import CalibrationError
-from eval.distances import flip, l2, scale
 from eval.extraction import (
     CLIQUE_SIZES,
     EXACT_CLIQUE,

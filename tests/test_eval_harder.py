@@ -20,6 +20,7 @@ from dedup import manifest
 from defense.adopt import extrapolate
 from defense.conditions import embed_captions
 from defense.data import encode_latents
+from defense.distances import l2, scale
 from defense.extrapolation import Extrapolated, ExtrapolationError
 from defense.extrapolation import extrapolate as combine
 from defense.model import ModelError, load_pipeline
@@ -28,7 +29,6 @@ from defense.train import RunError
 from eval import probe
 from eval.cli import app
 from eval.denoiser import DenoiserError, open_denoiser
-from eval.distances import l2, scale
 from eval.extraction import SCHEMAS, attack
 from eval.generate import derive_seed, generate, read_config
 from eval.probe import PROBE, ProbeError, draw, find_tokens

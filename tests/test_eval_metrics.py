@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage, stats
 
+from defense.distances import l2
 from eval import metrics
-from eval.distances import l2
 
 small = st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=30).filter(
     lambda rows: 0 < sum(label for _, label in rows) < len(rows)
