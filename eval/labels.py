@@ -77,7 +77,7 @@ def write_labels(run: Path, folder: Path, *, n: int = 1_000, seed: int = 0) -> d
     for stale in present - used:
         stale.unlink()
     sample = {"version": marks.VERSION, "digest": digest, "review": {"n": n, "seed": seed}, "sample": pairs}
-    told = {"run": str(run), "looked_at": len(top), "prompts": len(scores), "resolution": resolution}
+    told = {"run": run.name, "looked_at": len(top), "prompts": len(scores), "resolution": resolution}
     write_page(folder, "labels.html", sample, shown, None, told | {"versions": list_versions()})
     return sample
 

@@ -58,6 +58,10 @@ def test_the_page_is_blind_and_its_labels_come_back(page: Page, run: Path, tmp_p
         page.set_viewport_size({"width": width, "height": 812})
         load_images(page.locator("#sides img"), 4)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("#sides .key-line:visible").count() == 0
+    assert page.locator("#sides .details:visible").all_text_contents() == [
+        "Difference, four times as bright: black where both agree."
+    ]
     for pair in sample["sample"]:
         expect(page.locator("#sides .key-line").first).to_have_text(pair["a"]["key"])
         page.keyboard.press("s" if pair["extracted"] else "d")
