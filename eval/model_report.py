@@ -4,7 +4,6 @@ In: DIR/summary.json, the scores and generations of its runs, the training image
 Knows nothing of models or attacks. Captions are untrusted: the template escapes them.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import polars as pl
 
 from dedup import manifest, sources
 from dedup.report import environment, read_credit
-from eval.report import TEMPLATES, collect_cases, read_originals, source_of
+from eval.report import TEMPLATES, collect_cases, read_originals, source_of, write_page
 
 CASES, OTHERS = 300, 60  # images given back, and others, that are shown
 NAMES = {"model": "the model", "base": "its base"}
@@ -62,13 +61,7 @@ def write_model_report(directory: Path) -> Path:
             credit=read_credit(source_of(out)),
         )
     )
-    folder = directory / "report" / "images"
-    for name, data in pictures.items():
-        manifest.write_atomic(folder / name, partial(Path.write_bytes, data=data))
-    for path in set(folder.glob("*.png")) - {folder / name for name in pictures}:
-        path.unlink()
-    manifest.write_text(directory / "report" / "index.html", text)
-    return directory / "report" / "index.html"
+    return write_page(directory / "report", text, pictures)
 
 
 def read_elsewhere(rows: pl.DataFrame) -> dict[str, bytes]:

@@ -74,13 +74,18 @@ def write_report(audit: Path, *, redact: bool = False) -> Path:
             credits=sorted({c for src in sources_.values() if (c := read_credit(src))}),
         )
     )
-    folder = audit / "report" / "images"
+    return write_page(audit / "report", text, pictures)
+
+
+def write_page(folder: Path, text: str, pictures: dict[str, bytes]) -> Path:
+    """FOLDER/index.html and FOLDER/images with these pictures and no others; returns the page."""
+    images = folder / "images"
     for name, data in pictures.items():
-        manifest.write_atomic(folder / name, partial(Path.write_bytes, data=data))
-    for path in set(folder.glob("*.png")) - {folder / name for name in pictures}:
+        manifest.write_atomic(images / name, partial(Path.write_bytes, data=data))
+    for path in set(images.glob("*.png")) - {images / name for name in pictures}:
         path.unlink()
-    manifest.write_text(audit / "report" / "index.html", text)
-    return audit / "report" / "index.html"
+    manifest.write_text(folder / "index.html", text)
+    return folder / "index.html"
 
 
 def _number(rows: pl.DataFrame) -> pl.Series:
