@@ -4,7 +4,7 @@ Purpose: the `tiny` Stable-Diffusion-class model works on 8 x 8 latents of 32 x 
 trained once, on pictures that belong to no demo set, and shipped frozen with the package.
 
 The packaged weights come from Debian's `openclipart-png` and npm's `@lobehub/fluent-emoji-3d` 1.1.0, both unpacked:
-    python benchmarks/train_autoencoder.py OPENCLIPART FLUENT --out defense/weights/tiny-base/vae --held-out OTHER
+    python benchmarks/train_autoencoder.py OPENCLIPART FLUENT --out defense/pretrained/tiny-base/vae --held-out OTHER
 Expected: held-out normalised l2 of OpenMoji drawings .0485 in the median, .0837 at 95 % (.03 is wanted).
 Runtime: 20 minutes on one quiet core (6.7 steps a second), 37 on a shared one. The same seed on the same machine gives
 the same weights.

@@ -1,6 +1,6 @@
 """Train `tiny-base`, the small pretrained model of the package, on drawings that are in no demo or benchmark set.
 
-    python benchmarks/train_base.py OPENCLIPART FLUENT --work DIR [--out defense/weights/tiny-base]
+    python benchmarks/train_base.py OPENCLIPART FLUENT --work DIR [--out defense/pretrained/tiny-base]
 
 OPENCLIPART: Debian's `openclipart-png` 1:0.18+dfsg-19 unpacked (public domain), captions are the titles of its files.
 FLUENT: npm's `@lobehub/fluent-emoji-3d` 1.1.0 unpacked (MIT), captions are CLDR short names. Everything is done by the
@@ -140,7 +140,7 @@ def main(
     openclipart: Annotated[Path, typer.Argument(help="openclipart-png, unpacked.")],
     fluent: Annotated[Path, typer.Argument(help="@lobehub/fluent-emoji-3d, unpacked.")],
     work: Annotated[Path, typer.Option(help="Working folder; the same command goes on in it.")],
-    out: Annotated[Path, typer.Option(help="Pipeline folder to write.")] = Path("defense/weights/tiny-base"),
+    out: Annotated[Path, typer.Option(help="Pipeline folder to write.")] = Path("defense/pretrained/tiny-base"),
     steps: int = 6_000,
     batch_size: int = 32,
     learning_rate: float = 1e-3,

@@ -28,7 +28,7 @@ from defense.extrapolation import extrapolate
 
 INDEX, BASE, LINE = "model_index.json", "base.json", "line.json"
 # Pipelines that come with the package: their names win over folders; ./tiny-base is a folder.
-SHIPPED = {"tiny-base": Path(__file__).parent / "weights" / "tiny-base"}
+SHIPPED = {"tiny-base": Path(__file__).parent / "pretrained" / "tiny-base"}
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")  # org/name, org/name@revision
 PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}

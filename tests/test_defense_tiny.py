@@ -133,7 +133,7 @@ def test_the_name_of_the_base_wins_over_a_folder(tmp_path, monkeypatch):
 
 def test_the_wheel_holds_the_base(tmp_path):
     (wheel,) = WheelBuilder(str(Path(__file__).parent.parent)).build(directory=str(tmp_path), versions=["standard"])
-    shipped = {f"defense/weights/tiny-base/{path.relative_to(BASE).as_posix()}" for path in BASE.rglob("*.*")}
+    shipped = {f"defense/pretrained/tiny-base/{path.relative_to(BASE).as_posix()}" for path in BASE.rglob("*.*")}
     assert len(shipped) > 8
     assert shipped <= set(zipfile.ZipFile(wheel).namelist())
     assert Path(wheel).stat().st_size < 12e6
