@@ -2,9 +2,9 @@
 
     python benchmarks/attacks.py DIR [--seeds 3]
 
-DIR holds raw-S, refill-S and untrained-S as benchmarks/detectors.py leaves them. For every seed: extrapolation from
-refill through raw, and the other way round, the residual probe, replication, membership. Prints the tables of
-docs/benchmarks.md; whatever is there is not made again. Means over the seeds come with Student's t.
+DIR holds raw-S, refill-S and base-S as benchmarks/detectors.py leaves them. For every seed: extrapolation from refill
+through raw, the other way round, and from the base through raw; the residual probe, replication, membership. Prints the
+tables of docs/benchmarks.md; whatever is there is not made again. Means over the seeds come with Student's t.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ from eval.generate import generate
 from eval.membership import SCORES, infer_membership, score_pictures
 from eval.probe import STARTS, probe
 
-ARMS = ("raw", "refill", "untrained")
+ARMS = ("raw", "refill", "base")
 WEIGHTS = (2.0, 3.0)
 PROBED = 12  # most duplicated canaries, and controls
 
@@ -51,7 +51,7 @@ def print_extrapolation(directory: Path, runs: dict[str, list[Path]]) -> None:
     for name, ends in {
         "refill → raw": pairs,
         "raw → refill": [(refill, raw) for raw, refill in pairs],
-        "untrained → raw": [(raw, base) for raw, base in zip(runs["raw"], runs["untrained"], strict=False)],
+        "base → raw": [(raw, base) for raw, base in zip(runs["raw"], runs["base"], strict=False)],
     }.items():
         for weight in WEIGHTS if name == "refill → raw" else WEIGHTS[-1:]:
             tables = []
@@ -145,7 +145,7 @@ def print_membership(directory: Path, runs: dict[str, list[Path]]) -> None:
     found = {arm: [infer_once(run) for run in mine] for arm, mine in runs.items()}
     first = found["raw"][0]
     print(f"{first['members']} members, {first['others']} others a seed. AUC:\n")
-    print("| score | raw | refill | untrained | raw, planted once | beats blind |\n|---|---|---|---|---|---|")
+    print("| score | raw | refill | base | raw, planted once | beats blind |\n|---|---|---|---|---|---|")
     for name in (*SCORES, "dataset", "jpeg-bytes"):
         areas = {arm: [s["scores"][name]["auc"]["estimate"] for s in mine] for arm, mine in found.items()}
         cells = [describe_mean(areas[arm]) for arm in ARMS]
