@@ -4,10 +4,10 @@
 
 Planted drawings for every seed: canaries at multiplicities 0, 8 and 32 among single images, the copies of a canary
 under twenty phrasings of its caption. All methods train the arm raw with equal seeds and steps, so that what differs is
-the method alone; `deduplicate` trains the arm dedup, as a yardstick, and fewer steps are the simplest defence of all. Every model draws 16 images for the original
-caption of every canary and control (attack: clique). Its quality is the loss on images that stand once, and on images
-that nobody trained on. Every result is a file in DIR/results, and the same command goes on after a kill. Prints the
-table of docs/benchmarks.md of the results there are.
+the method alone; `deduplicate` trains the arm dedup, as a yardstick, and fewer steps are the simplest defence of all.
+Every model draws 16 images for the original caption of every canary and control (attack: clique). Its quality is the
+loss on images that stand once, and on images that nobody trained on. Every result is a file in DIR/results, and the
+same command goes on after a kill. Prints the table of docs/benchmarks.md of the results there are.
 """
 
 from dataclasses import replace
