@@ -146,7 +146,8 @@ def arms(
         short.write_text("\n".join([*kept, f"steps = {steps}", "checkpoint_every = 1000000"]))
         for arm in ARMS:
             run = Path(folder) / arm
-            command = ["unmemorize", "train", str(out), "--arm", arm, "--config", str(short), "-o", str(run)]
+            program = str(Path(sys.executable).parent / "unmemorize")
+            command = [program, "train", str(out), "--arm", arm, "--config", str(short), "-o", str(run)]
             child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             _, status, usage = os.wait4(child.pid, 0)
             if status:
