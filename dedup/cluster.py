@@ -126,7 +126,7 @@ class Cluster(Workers):
         options["runtime_env"] = {"env_vars": ONE_THREAD}
         if self.address == HERE:
             options |= {"num_cpus": self.jobs, "include_dashboard": False, "object_store_memory": MEMORY}
-        elif self.address != "auto":
+        else:
             _reach(self.address)
         self._connected = True
         try:
@@ -226,9 +226,12 @@ def _list_nodes() -> list[dict[str, Any]]:
 
 
 def _reach(address: str) -> None:
-    """Ray itself would try for minutes. Raises ClusterError."""
-    host, _, port = address.rpartition(":")
+    """Ray itself would try for minutes, even where a cluster has left no more than its address. Raises ClusterError."""
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+
     try:
+        found = canonicalize_bootstrap_address_or_die(address) if address == "auto" else address
+        host, _, port = found.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), REACH).close()
     except (OSError, ValueError) as error:
         raise ClusterError(

@@ -237,7 +237,9 @@ def test_weights_of_a_folder_are_all_its_files(tmp_path: Path) -> None:
     assert cluster._digest(tmp_path) != before
 
 
-def test_a_cluster_that_is_not_there_is_one_line_within_seconds(tmp_path: Path) -> None:
+def test_a_cluster_that_is_not_there_is_one_line_within_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begin = time.monotonic()
     with socket.socket() as nobody:  # bound, so that nobody else gets it, and not listening
         nobody.bind(("127.0.0.1", 0))
@@ -245,6 +247,9 @@ def test_a_cluster_that_is_not_there_is_one_line_within_seconds(tmp_path: Path) 
             with pytest.raises(ClusterError, match=f"^no Ray cluster answers at {address} ") as error:
                 connect(address, tmp_path).__enter__()
             assert "\n" not in str(error.value)
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{nobody.getsockname()[1]}")
+        with pytest.raises(ClusterError, match=r"^no Ray cluster answers at auto "):
+            connect("auto", tmp_path).__enter__()
     assert time.monotonic() - begin < 15
     assert list(tmp_path.iterdir()) == []
 
