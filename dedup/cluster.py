@@ -158,6 +158,8 @@ class Cluster(Workers):
                 raise ClusterError(
                     f"node {name} cannot run our tasks ({_squeeze(error.cause)}): install the same version there"
                 ) from error
+            except ray.exceptions.TaskUnschedulableError:
+                continue  # it has left
             except ray.exceptions.RayError as error:
                 raise ClusterError(f"node {name} does not answer ({_squeeze(error)}): take it out") from error
 
