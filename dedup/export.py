@@ -21,6 +21,7 @@ import polars as pl
 from dedup import cluster, engine, manifest, sources
 from dedup.exports import ExportError, convert, folders, more, parquets, saved, tables, tars, urls
 from dedup.hashing import digest
+from dedup.nodes import ClusterError
 from dedup.sources import Shard
 
 MARK = ".export.json"
@@ -79,7 +80,7 @@ def export(
         try:
             with cluster.start(jobs, address, dest, [sources.name_file(shards[0])]) as workers:
                 return _write(src, shards, rows, run["shard_rows"], dest, identity, counts, workers)
-        except (ExportError, cluster.ClusterError):
+        except (ExportError, ClusterError):
             if [path.name for path in dest.iterdir()] == [MARK]:  # nothing is in the way of another --format
                 (dest / MARK).unlink()
             raise

@@ -21,13 +21,14 @@ from ray.cluster_utils import Cluster as Raylets
 from test_dedup_pipeline import encode, picture
 from typer.testing import CliRunner
 
-from dedup import cluster, manifest
+from dedup import cluster, manifest, nodes
 from dedup.cli import app
-from dedup.cluster import Cluster, ClusterError
+from dedup.cluster import Cluster
 from dedup.engine import WorkerError
 from dedup.export import Options as ExportOptions
 from dedup.export import export
 from dedup.images import ImageError
+from dedup.nodes import ClusterError
 from dedup.options import Options, OutputError, lock
 from dedup.pipeline import deduplicate
 
@@ -207,7 +208,7 @@ def test_a_node_with_other_versions_is_named_before_any_work(
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> cluster.Place:
+def place(tmp_path: Path) -> nodes.Place:
     for name in ("shard.tar", "weights.onnx"):
         (tmp_path / name).write_bytes(b"some bytes")
     workers = Cluster(1, "local", tmp_path, [tmp_path / "shard.tar", tmp_path], [tmp_path / "weights.onnx"])
@@ -215,8 +216,8 @@ def place(tmp_path: Path) -> cluster.Place:
     return workers.place
 
 
-def test_a_node_that_differs_says_in_what(place: cluster.Place, tmp_path: Path) -> None:
-    examine = cluster._examine.__wrapped__
+def test_a_node_that_differs_says_in_what(place: nodes.Place, tmp_path: Path) -> None:
+    examine = nodes.examine.__wrapped__
     examine(place)
     wanted: list[tuple[dict[str, Any], str]] = [
         ({"versions": (*place.versions, ("ape", "1"))}, r"has ape \(none\), this machine 1"),
@@ -234,9 +235,9 @@ def test_a_node_that_differs_says_in_what(place: cluster.Place, tmp_path: Path) 
 
 def test_weights_of_a_folder_are_all_its_files(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"1")
-    before = cluster._digest(tmp_path)
+    before = nodes._digest(tmp_path)
     (tmp_path / "b").write_bytes(b"2")
-    assert cluster._digest(tmp_path) != before
+    assert nodes._digest(tmp_path) != before
 
 
 def test_a_cluster_that_is_not_there_is_one_line_within_seconds(
@@ -328,8 +329,8 @@ def test_a_worker_that_is_killed_changes_nothing(
     raylets: Raylets, address: str, many: Path, key: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     first = tmp_path / "out" / ".work" / "signatures" / "00002.parquet"
-    nodes = [raylets.head_node, *raylets.worker_nodes]
-    with meanwhile(first, lambda: sum(map(kill_workers, nodes))) as killed:
+    both = [raylets.head_node, *raylets.worker_nodes]
+    with meanwhile(first, lambda: sum(map(kill_workers, both))) as killed:
         deduplicate(many, tmp_path / "out", Options(), address=address, subject_key=key)
     assert killed[0] >= 1
     assert read_tree(tmp_path / "out") == expected
@@ -341,11 +342,11 @@ def test_a_node_that_is_lost_changes_nothing_and_without_any_the_run_can_go_on_l
 ) -> None:
     found = Raylets(initialize_head=True, head_node_args=HEAD | {"num_cpus": 0})
     try:
-        nodes = [found.add_node(**NODE) for _ in range(2)]
+        added = [found.add_node(**NODE) for _ in range(2)]
         out = tmp_path / "out"
         with meanwhile(
             out / ".work" / "signatures" / "00002.parquet",
-            lambda: found.remove_node(nodes[0], allow_graceful=False),
+            lambda: found.remove_node(added[0], allow_graceful=False),
         ) as lost:
             deduplicate(many, out, Options(), address=found.address, subject_key=key)
         assert lost
@@ -354,7 +355,7 @@ def test_a_node_that_is_lost_changes_nothing_and_without_any_the_run_can_go_on_l
         with (
             meanwhile(
                 out / ".work" / "signatures" / "00002.parquet",
-                lambda: found.remove_node(nodes[1], allow_graceful=False),
+                lambda: found.remove_node(added[1], allow_graceful=False),
             ),
             pytest.raises(ClusterError, match=r"^no node is left that could go on"),
         ):
