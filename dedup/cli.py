@@ -1,6 +1,7 @@
 """The verbs of the dedup stage: parse → call → print. `eval/cli.py` assembles them into the program `unmemorize`."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +19,13 @@ SourceArgument = Annotated[
 ]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
 JobsOption = Annotated[int, typer.Option(min=0, help="Worker processes; 0 = one per processor.")]
+EngineOption = Annotated[
+    Literal["local", "ray"], typer.Option(help="Who does the work: processes of this machine, or a Ray cluster.")
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="Of the Ray cluster, or auto; default: one of this machine alone."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Keep = Literal["keep", "drop"]
 Format = Literal["folder", "webdataset", "table", "parquet", "huggingface", "urls"]
@@ -28,6 +36,17 @@ Encoder = Literal["auto", "local", "sscd-distilled", "sscd", "clip", "dinov2"]
 NAMED = 3  # scopes, or pairs of them, that the summary names
 
 KEPT, READ, FETCHED = "What is kept", "How SRC is read", "What is fetched from elsewhere"  # groups of options
+
+
+def choose_address(engine: str, address: str | None) -> str | None:
+    """Of the Ray cluster that does the work; None: this machine does it."""
+    if engine == "local":
+        if address is not None:
+            raise typer.BadParameter("--address is of --engine ray")
+        return None
+    if find_spec("ray") is None:
+        raise ModuleNotFoundError(name="ray")
+    return address or "local"
 
 
 class TooManyBad(Exception):
@@ -46,6 +65,8 @@ def dedup(
     ] = None,
     weights_sha256: Annotated[str | None, typer.Option(help="What the digest of the weights must be.")] = None,
     jobs: JobsOption = 0,
+    engine: EngineOption = "local",
+    address: AddressOption = None,
     report: Annotated[bool, typer.Option(help="Write the HTML report.")] = True,
     max_false_pairs: Annotated[
         float | None, typer.Option(help="Unrelated pairs that may be compared; default: 3 an image.")
@@ -202,6 +223,7 @@ def dedup(
         out,
         options,
         jobs=jobs,
+        address=choose_address(engine, address),
         subject_key=subject_key,
         understood=i_understand,
         transfer=transfer,
@@ -325,6 +347,8 @@ def match(
         Path | None, typer.Option(metavar="CSV", help="Columns file (or key) and prompt: what each was drawn for.")
     ] = None,
     jobs: JobsOption = 0,
+    engine: EngineOption = "local",
+    address: AddressOption = None,
     report: Annotated[bool, typer.Option(help="Write the HTML report.")] = True,
     max_false_pairs: Annotated[
         float, typer.Option(min=0, help="Unrelated pictures that are compared with each, on average.")
@@ -338,7 +362,11 @@ def match(
     from dedup.sources import name_source
 
     out = out or Path(f"{images.stem if images.is_file() else name_source(images)}-matches")
-    counts = match_files(images, against, out, prompts=prompts, max_false_pairs=max_false_pairs, jobs=jobs)["counts"]
+    where = choose_address(engine, address)
+    found = match_files(
+        images, against, out, prompts=prompts, max_false_pairs=max_false_pairs, jobs=jobs, address=where
+    )
+    counts = found["counts"]
     page = write_report(out, jobs=jobs) if report else None
     typer.echo(json.dumps(counts) if json_ else _summarise_matches(counts, out, page))
     if counts["unreadable"] > max_bad * counts["pictures"]:
@@ -379,13 +407,16 @@ def export(
         Literal["survivor", "longest", "list"], typer.Option(help="Of all copies; list adds them as `captions`.")
     ] = "survivor",
     jobs: JobsOption = 0,
+    engine: EngineOption = "local",
+    address: AddressOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Write what OUT keeps as a dataset, bytes untouched. Example: unmemorize export photos-dedup photos-clean"""
     from dedup.export import Options
     from dedup.export import export as export_rows
 
-    counts = export_rows(out, dest, Options(format_, rows, alpha, captions), jobs=jobs)
+    where = choose_address(engine, address)
+    counts = export_rows(out, dest, Options(format_, rows, alpha, captions), jobs=jobs, address=where)
     beside = f", {counts['exported_beside']:,} more in samples of theirs" if counts.get("exported_beside") else ""
     without = f" {counts['without_url']:,} have no address." if counts.get("without_url") else ""
     left = counts.get("columns_left")

@@ -198,7 +198,7 @@ class CopySearch:
         meta = embedding.resolve(self.encoder, *self.weights).meta()
         vectors.check_same(self.out, meta)
         paths = self.reader.write_parts(
-            f"embeddings-{self.encoder}", chosen, embedding.embed_rows, self.encoder, *self.weights
+            f"embeddings-{self.encoder}", chosen, embedding.embed_rows, self.encoder, *self.weights, gpu=True
         )
         return meta, np.concatenate([np.load(path) for path in paths]), None
 

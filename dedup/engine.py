@@ -1,6 +1,6 @@
-"""Run one function over many tasks, in this process or in several. Correctness never depends on which.
+"""Run one function over many tasks, in this process or in several; on several machines: `cluster`.
 
-Tasks are pure functions of their arguments; results come back in the order of the tasks.
+Correctness never depends on which. Tasks are pure functions of their arguments; results come back in their order.
 """
 
 import multiprocessing
@@ -12,6 +12,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Self
+
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"), "1")
 
 
 def available_cpus() -> int:
@@ -45,8 +47,11 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def run[T](self, function: Callable[..., T], tasks: Iterable[tuple]) -> Iterator[T]:
-        """`function(*task)` for every task, results in order."""
+    def run[T](self, function: Callable[..., T], tasks: Iterable[tuple], *, gpu: bool = False) -> Iterator[T]:
+        """`function(*task)` for every task, results in order.
+
+        gpu: each task takes one if there are any; only on a cluster, the processes of one machine share theirs.
+        """
         tasks = list(tasks)
         if self.jobs <= 1 or len(tasks) <= 1:
             for task in tasks:
@@ -88,9 +93,8 @@ def _one_thread_each() -> Iterator[None]:
 
     Several processes with several threads each make every one of them slower.
     """
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
+    before = {name: os.environ.get(name) for name in ONE_THREAD}
+    os.environ.update(ONE_THREAD)
     try:
         yield
     finally:

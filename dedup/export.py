@@ -18,9 +18,10 @@ from typing import Any
 
 import polars as pl
 
-from dedup import engine, manifest, sources
+from dedup import cluster, engine, manifest, sources
 from dedup.exports import ExportError, convert, folders, more, parquets, saved, tables, tars, urls
 from dedup.hashing import digest
+from dedup.nodes import ClusterError
 from dedup.sources import Shard
 
 MARK = ".export.json"
@@ -46,10 +47,12 @@ class Options:
     captions: str = "survivor"  # "longest", "list": of all rows that a kept row stands for
 
 
-def export(out: Path, dest: Path, options: Options = Options(), *, jobs: int = 0) -> dict[str, Any]:
-    """Write DEST and return its counts. Raises ExportError, SourceError, ManifestError or OSError.
+def export(
+    out: Path, dest: Path, options: Options = Options(), *, jobs: int = 0, address: str | None = None
+) -> dict[str, Any]:
+    """Write DEST and return its counts. Raises ExportError, SourceError, ManifestError, ClusterError or OSError.
 
-    jobs: worker processes, 0 = one per processor.
+    jobs: worker processes, 0 = one per processor. address: of a Ray cluster, see `cluster.start`.
     """
     dest = dest.resolve()
     if not (math.isfinite(options.alpha) and options.alpha >= 0):
@@ -73,9 +76,11 @@ def export(out: Path, dest: Path, options: Options = Options(), *, jobs: int = 0
     with sources.hold(dest, str(dest)):
         if (done := _claim(dest, identity)) is not None:
             return done
+        manifest.write_json(dest / MARK, identity)
         try:
-            return _write(src, shards, rows, run["shard_rows"], dest, identity, counts, jobs)
-        except ExportError:
+            with cluster.start(jobs, address, dest, [sources.name_file(shards[0])]) as workers:
+                return _write(src, shards, rows, run["shard_rows"], dest, identity, counts, workers)
+        except (ExportError, ClusterError):
             if [path.name for path in dest.iterdir()] == [MARK]:  # nothing is in the way of another --format
                 (dest / MARK).unlink()
             raise
@@ -89,23 +94,21 @@ def _write(
     dest: Path,
     identity: dict[str, Any],
     counts: dict[str, Any],
-    jobs: int,
+    workers: engine.Workers,
 ) -> dict[str, Any]:
     options = Options(**identity["options"])
-    manifest.write_json(dest / MARK, identity)
     parts = [rows.slice(a, b) for a, b in zip(_starts(sizes), sizes, strict=False)]
     kinds = {shard.kind for shard in shards}
-    with engine.Workers(jobs) as workers:
-        if options.format == "index":
-            _write_index(dest, rows, options)
-        elif options.format == "urls":
-            counts |= urls.write_urls(src, shards, parts, dest)
-        elif options.format == "same" or (kinds == {options.format} and options.format != "folder"):
-            counts["exported_beside"] = _count_beside(rows, shards, parts)
-            for kind, tasks in _group(src, shards, parts, dest).items():
-                list(workers.run(SAME[kind], tasks))
-        else:
-            counts |= _convert(src, shards, parts, dest, options.format, workers)
+    if options.format == "index":
+        _write_index(dest, rows, options)
+    elif options.format == "urls":
+        counts |= urls.write_urls(src, shards, parts, dest)
+    elif options.format == "same" or (kinds == {options.format} and options.format != "folder"):
+        counts["exported_beside"] = _count_beside(rows, shards, parts)
+        for kind, tasks in _group(src, shards, parts, dest).items():
+            list(workers.run(SAME[kind], tasks))
+    else:
+        counts |= _convert(src, shards, parts, dest, options.format, workers)
     manifest.write_json(dest / MARK, identity | {"counts": counts})
     return counts
 

@@ -18,7 +18,7 @@ from typing import Any
 import polars as pl
 from tqdm import tqdm
 
-from dedup import engine, fingerprint, hashing, look, manifest, match, queries, sources
+from dedup import cluster, engine, fingerprint, hashing, look, manifest, match, queries, sources
 from dedup.index import Index
 from dedup.manifest import Schema
 from dedup.options import OptionsError, list_versions, lock
@@ -47,11 +47,12 @@ def match_files(
     prompts: Path | None = None,
     max_false_pairs: float = match.MAX_FALSE,
     jobs: int = 0,
+    address: str | None = None,
 ) -> dict[str, Any]:
     """Match the pictures against OUT into `folder`, and return the content of `match.json`.
 
-    prompts: CSV with the columns file (or key) and prompt. jobs: worker processes, 0 = one per processor. Raises
-    OSError or ValueError.
+    prompts: CSV with the columns file (or key) and prompt. jobs: worker processes, 0 = one per processor.
+    address: of a Ray cluster, see `cluster.start`. Raises OSError or ValueError.
     """
     out, folder = out.resolve(), folder.resolve()
     pictures, layout = sources.fetch(pictures, sources.Layout(), sources.Transfer(folder / "download"))
@@ -64,7 +65,8 @@ def match_files(
     versions = list_versions()
     decisive = [options, versions, [shard.fingerprint for shard in shards], told.rows(), (out / "run.json").read_text()]
     folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder), engine.Workers(jobs) as workers:
+    inputs = [sources.name_file(shards[0]), out / "run.json", index.dataset.src]
+    with lock(folder), cluster.start(jobs, address, folder, inputs) as workers:
         work = folder / ".match" / hashing.digest(repr(decisive).encode())[:20]
         for stale in set((folder / ".match").glob("*")) - {work}:
             shutil.rmtree(stale)

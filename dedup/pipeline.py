@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from dedup import (
     against,
+    cluster,
     clustering,
     copies,
     engine,
@@ -44,6 +45,7 @@ def deduplicate(
     options: Options,
     *,
     jobs: int = 0,
+    address: str | None = None,
     subject_key: Path | None = None,
     understood: bool = False,
     transfer: sources.Transfer | None = None,
@@ -51,10 +53,11 @@ def deduplicate(
 ) -> dict:
     """Deduplicate SRC into OUT and return the content of `run.json`.
 
-    jobs: worker processes, 0 = one per processor. subject_key: a file; None = OUT has one of its own. understood:
-    medical pictures may be read. transfer: how SRC comes here; a list of addresses by default into OUT/download.
-    decisions: a file of marks (`marks.read_marks`), which OUT remembers with earlier ones.
-    Raises SourceError, OutputError, OptionsError, SubjectError, MarksError or OSError.
+    jobs: worker processes, 0 = one per processor. address: of a Ray cluster that does the work (`cluster.start`).
+    subject_key: a file; None = OUT has one of its own. understood: medical pictures may be read. transfer: how SRC
+    comes here; a list of addresses by default into OUT/download. decisions: a file of marks (`marks.read_marks`), which
+    OUT remembers with earlier ones.
+    Raises SourceError, OutputError, OptionsError, SubjectError, MarksError, ClusterError or OSError.
     """
     given = marks.read_marks(decisions)["decisions"] if decisions else []
     out = out.resolve()
@@ -73,7 +76,9 @@ def deduplicate(
     base = _open_base(out, options)
     others = _open_others(src, out, options)
     out.mkdir(parents=True, exist_ok=True)
-    with lock(out), engine.Workers(jobs) as workers:
+    inputs = _list_inputs(shards, base, others, subject_key)
+    copied = [Path(options.weights)] if options.weights and Path(options.weights).exists() else []
+    with lock(out), cluster.start(jobs, address, out, inputs, copied) as workers:
         seconds: dict[str, float] = {}
         with engine.timed(seconds, "fingerprint"):
             check(out, src, options)
@@ -167,6 +172,15 @@ def _open_others(src: Path, out: Path, options: Options) -> list[against.Other]:
             "--against cannot be used with --embeddings, because other pictures have none: give an --encoder instead"
         )
     return [against.open_other(name, src, out) for name in dict.fromkeys(options.against)]
+
+
+def _list_inputs(
+    shards: list[sources.Shard], base: bases.Base | None, others: list[against.Other], subject_key: Path | None
+) -> list[Path]:
+    """Files that tasks read, by which other machines can see that they have the same."""
+    paths = [sources.name_file(some[0]) for some in (shards, *(other.shards for other in others))]
+    paths += [base.out / "run.json"] if base else []
+    return paths + ([subject_key] if subject_key else [])
 
 
 def _fingerprint(

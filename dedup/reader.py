@@ -76,6 +76,7 @@ class Reader:
         function: Callable[..., None],
         *more: object,
         each: int = ROWS,
+        gpu: bool = False,
         known: Mapping[str, tuple[Path, int]] | None = None,
     ) -> list[Path]:
         """Let `function(src, part, path, options, *more)` write a file for so many rows each, unless it is there.
@@ -91,7 +92,7 @@ class Reader:
             (self.src, part.rows(), path, self.decode, *more, *place)
             for part, path, place in zip(parts, paths, places, strict=True)
         ]
-        list(self.workers.run(function, tasks))
+        list(self.workers.run(function, tasks, gpu=gpu))
         for stale in set((self.work / folder).glob("*.npy")) - set(paths):
             stale.unlink()
         return paths

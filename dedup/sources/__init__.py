@@ -197,6 +197,12 @@ def list_again(out: Path, run: dict[str, Any]) -> list[Shard]:
     return shards
 
 
+def name_file(shard: Shard) -> Path:
+    """One of the files that it is read from, which need not be there."""
+    name = shard.name or shard.members[0]
+    return Path(shard.root) / (name if shard.kind == "table" else os.fsdecode(decode_name(name)))
+
+
 def detect(src: Path, layout: Layout) -> str | None:
     """One of FORMATS that need no look at all files below SRC; None for images and tar shards."""
     from dedup.sources import huggingface, parquet, table

@@ -1,0 +1,60 @@
+"""Models are trained, drawn from and attacked on a Ray cluster as on one machine, to the same bytes."""
+
+import pytest
+from test_cli import draw_pictures
+from test_dedup_cluster import read_tree
+from test_eval_audit import CONFIGS
+from test_eval_generate import SMALL, contents, models, new_run, out, read
+from typer.testing import CliRunner
+
+from dedup.cluster import HERE
+from eval import audit as auditing
+from eval.cli import app
+from eval.generate import generate, generate_runs
+from eval.recipe import load_recipe
+
+pytestmark = pytest.mark.slow
+__all__ = ["models", "out"]  # fixtures
+# Planting again gives the files other times, and OUT another secret: these name a digest of one of both.
+DATED = {
+    "run.json",
+    "shards.json",
+    "subject.json",
+    "subject.key",
+    "marks.js",
+    "config.json",
+    "verdict.json",
+    "index.html",
+}
+
+
+def test_the_images_of_several_runs(out, models, tmp_path):
+    names = ("raw", "refill")
+    alone, there = (
+        [new_run(tmp_path / place, out, model, arm) for model, arm in zip(models, names, strict=True)]
+        for place in ("alone", "there")
+    )
+    counts = list(generate_runs(there, HERE, **SMALL))
+    for a, b, told in zip(alone, there, counts, strict=True):
+        table = generate(a, **SMALL)
+        assert table.equals(read(b))
+        assert contents(a) == contents(b)
+        assert told == {"images": len(table), "prompts": table["prompt_id"].n_unique(), "nan": 0, "refused": 0}
+    refused = CliRunner().invoke(app, ["generate", str(there[0]), "--budget", "--engine", "ray"])
+    assert refused.exit_code == 2
+
+
+def test_an_audit(tmp_path):
+    draw_pictures(tmp_path / "src", 190)
+    recipe = load_recipe(CONFIGS / "audit-smoke.toml")
+    trees = []
+    for address in (None, HERE):
+        folder = tmp_path / "dir"  # of one name, because results name their inputs
+        verdict = auditing.audit(tmp_path / "src", folder, recipe, jobs=2, address=address)
+        assert verdict["failed"] == []
+        trees.append(read_tree(folder))
+        folder.rename(tmp_path / f"dir-{len(trees)}")
+    assert trees[0].keys() == trees[1].keys()
+    differing = {name.rpartition("/")[2] for name in trees[0] if trees[0][name] != trees[1][name]}
+    assert differing <= DATED
+    assert trees[0].keys() >= {f"raw-0/{name}" for name in ("generations.parquet", "scores-clique.parquet")}
