@@ -1,5 +1,6 @@
 """eval.audit: from a dataset to the report, what it refuses, and that it goes on. Real models in the slow test only."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,6 +114,29 @@ def test_an_interrupted_audit_goes_on_where_it_stopped(pictures, tmp_path, made)
     verdict = run_audit(pictures, tmp_path / "dir")
     assert made[0] == ["raw-0", "refill-0", "raw-1", "refill-1"]
     assert verdict["primary"]["seeds"] == [0, 1]
+
+
+@pytest.mark.parametrize("step", ["calibrate_runs", "attack", "score_unprompted", "compare", "write_report"])
+def test_wherever_it_stops_it_ends_as_if_it_had_not(pictures, tmp_path, made, monkeypatch, step):
+    """Stopped in the second call of a step, or in the only one. The paths are equal, for digests know them."""
+    recipe, calls, folder = replace(SMALL, seeds=1), [], tmp_path / "dir"
+    expected = run_audit(pictures, folder, recipe)
+    files = {name: (folder / "audit" / name).read_bytes() for name in ("verdict.json", "calibration.json")}
+    shutil.rmtree(folder)
+    real = getattr(auditing, step)
+
+    def stop(*args: object, **options: object) -> object:
+        calls.append(step)
+        if len(calls) == (2 if step in ("attack", "score_unprompted") else 1):
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(auditing, step, stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_audit(pictures, folder, recipe)
+    monkeypatch.setattr(auditing, step, real)
+    assert run_audit(pictures, folder, recipe) == expected
+    assert {name: (folder / "audit" / name).read_bytes() for name in files} == files
 
 
 def test_what_was_declared_cannot_be_changed_after_training(pictures, tmp_path, made):
