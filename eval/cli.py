@@ -50,6 +50,9 @@ def generate(
     budget: Annotated[bool, typer.Option("--budget", help="Only as many images as the verdict needs.")] = False,
     detector: Annotated[str, typer.Option(help="With --budget: what chooses prompts, or none.")] = "noise-magnitude",
     until: Annotated[str, typer.Option(help="With --budget: extracted or direct settles a prompt.")] = "extracted",
+    pooled: Annotated[
+        bool, typer.Option("--calibrate", help="With --budget: all images of controls first, thresholds by them.")
+    ] = False,
     engine: dedup.cli.EngineOption = "local",
     address: dedup.cli.AddressOption = None,
     json_: JsonOption = False,
@@ -73,7 +76,7 @@ def generate(
             from eval.budget import Rule, describe, generate_within
 
             rule = Rule(detector=None if detector == "none" else detector, until=until)
-            about = generate_within(runs, rule, **options)
+            about = generate_within(runs, rule, pooled=pooled, **options)
             typer.echo(json.dumps(about) if json_ else describe(about))
             return
         from eval.generate import generate_runs
