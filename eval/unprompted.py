@@ -61,7 +61,7 @@ def draw_unprompted(
     settings: dict[str, Any] = {"n": n, "guidance_scale": float(guidance_scale), "steps": steps}
     digest = digest_model(run / "model", decide(run, settings, guards) | {"batch": BATCH, "prompt": TARGET})
     folder = run / "generations" / digest
-    row = {"target_id": TARGET, "prompt": "", "prompt_kind": TARGET, "caption_kind": TARGET}
+    row: dict[str, Any] = {"target_id": TARGET, "prompt": "", "prompt_kind": TARGET, "caption_kind": TARGET}
     row |= {"cluster_id": None, "controls": None}
     parts = [list(range(start, min(n, start + BATCH))) for start in range(0, n, BATCH)]
     named = {name_prompt(TARGET, "", numbers): numbers for numbers in parts}
