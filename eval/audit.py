@@ -28,13 +28,14 @@ from defense.config import TrainConfig
 from eval.calibrate import calibrate, freeze
 from eval.compare import compare
 from eval.controls import calibrate_runs
-from eval.extraction import attack, read_generations
+from eval.extraction import SCORES, attack, read_generations
 from eval.generate import generate, wants_gpu
 from eval.plan import describe, describe_dataset, make_plan, measure_speed
 from eval.power import FEWEST, clusters_needed
 from eval.recipe import LATER, Planting, Recipe, Utility
 from eval.report import write_report
 from eval.targets import load_yardstick
+from eval.unprompted import draw_unprompted, score_unprompted
 from eval.utility import measure_utility
 
 TINY = TrainConfig(base="tiny-base", steps=800)  # configs/tiny-base.toml
@@ -232,6 +233,8 @@ def _make_run(out: Path, arm: str, recipe: Recipe, run: Path, seed: int) -> dict
         with engine.timed(made["seconds"], "generate"):
             scale, limit = sampling.guidance_scale, sampling.limit
             generate(run, n=sampling.n, guidance_scale=scale, steps=sampling.steps, limit=limit)
+            if sampling.null:
+                draw_unprompted(run, sampling.null, guidance_scale=scale, steps=sampling.steps)
         with engine.timed(made["seconds"], "utility"):
             measure_utility(run, recipe.utility, sampling)
     return made
@@ -253,9 +256,11 @@ def _score_runs(made: list[dict[str, Any]], workers: engine.Workers) -> list[dic
 
 def _score(made: dict[str, Any]) -> dict[str, Any]:
     """The attack on one run, unless it is scored."""
-    if not made["error"] and not _is_scored(made["run"]):
+    if not made["error"]:
         with _told(made), engine.timed(made["seconds"], "attack"):
-            attack(made["run"])
+            if not _is_scored(made["run"]):
+                attack(made["run"])
+            score_unprompted(made["run"])
     return made
 
 
@@ -272,6 +277,8 @@ def _told(made: dict[str, Any]) -> Iterator[None]:
 def _is_scored(run: Path) -> bool:
     path = run / "scores-clique.parquet"
     if not path.exists() or not (run / "calibration.json").exists():
+        return False
+    if not SCORES.keys() <= pl.read_parquet_schema(path).keys():  # of an earlier version
         return False
     scores = pl.read_parquet(path, columns=["target_id", "digest"])
     told = read_generations(run).select("prompt_id", "digest").unique()

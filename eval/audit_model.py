@@ -185,13 +185,16 @@ def audit_model(
                 detected[name] = {"reason": str(error)}
     with _stage("generate"):
         options = asdict(asking) | {"controls": unseen}
-        spent = generate_within(list(runs.values()), _choose_rule(detected), **options) if budget else None
-        if not budget:
+        spent = None
+        if budget:
+            pooled = bool(planned["controls"])
+            spent = generate_within(list(runs.values()), _choose_rule(detected), pooled=pooled, **options)
+        else:
             for run in runs.values():
                 generate(run, **options)
     scores: dict[str, pl.DataFrame] = {}
     calibration = None
-    if planned["controls"] and not budget:
+    if planned["controls"]:
         with _stage("calibrate"):
             calibration = _calibrate(list(runs.values()))
     with _stage("attack"):

@@ -11,7 +11,7 @@ number of the rule is fixed before anything is drawn; benchmarks/budget.py is to
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ import numpy as np
 import polars as pl
 
 from dedup import manifest
+from dedup.options import lock
 from eval import metrics
 from eval.calibrate import Calibration, calibrate, freeze
+from eval.controls import calibrate_runs
 from eval.denoiser import DenoiserError
 from eval.detectors import score_prompts
 from eval.extraction import clique_threshold, find_controls, read_images, score_clique
@@ -134,16 +136,15 @@ class Arm:
 
 
 def generate_within(
-    runs: Sequence[Path], rule: Rule = Rule(), *, guards: Sequence[str] = (), **options: Any
+    runs: Sequence[Path], rule: Rule = Rule(), *, pooled: bool = False, guards: Sequence[str] = (), **options: Any
 ) -> dict[str, Any]:
     """Images of every run by the rule; writes generations.parquet and budget.json of each and returns the latter.
 
     options: of `generate.list_asked`. A prompt that got no image has one row with status "pruned". The thresholds are
-    frozen in calibration.json of each run before anything is drawn.
+    frozen in calibration.json of each run before anything is drawn; pooled: by the controls of all runs, which then get
+    the full schedule (`controls.calibrate_runs`), before anything is drawn for a member.
     Raises BudgetError, GenerateError, CalibrationError, TargetError, ModelError or OSError.
     """
-    from dedup.options import lock
-
     check_rule(rule)
     arms = [open_arm(run.resolve(), rule, guards, options) for run in runs]
     names = arms[0].asked["target_id"].unique(maintain_order=True).to_list()
@@ -154,7 +155,8 @@ def generate_within(
             raise BudgetError(f"{arms[0].run} and {arm.run} are asked different prompts: train both on one dedup run")
     scores = [detect(arm, rule) for arm in arms] if rule.detector else []
     chosen = choose(scores, rule.spread) if scores else np.ones(len(names), bool)
-    candidates = [name for name, wanted in zip(names, chosen, strict=True) if wanted]
+    controls = arms[0].asked.filter(prompt_kind="control")["target_id"].unique().to_list() if pooled else []
+    candidates = [name for name, wanted in zip(names, chosen, strict=True) if wanted and name not in controls]
     samplers: dict[Path, Any] = {}
 
     def look(target: str, images: int) -> list[dict[str, Any]]:
@@ -163,9 +165,14 @@ def generate_within(
             arm.add(partial(_open, samplers, arm), target, range(start, images))
         return [arm.score(target) for arm in arms]
 
-    drawn = dict.fromkeys(names, 0) | run_rounds(rule, candidates, n, look)
+    if pooled:
+        for name in controls:
+            look(name, n)
+        arms = calibrate_pooled(arms, names)
+    asked = [name for name in names if name not in controls]
+    drawn = dict.fromkeys(asked, 0) | run_rounds(rule, candidates, n, look)
     settled = {name: [bool(arm.score(name)[rule.until]) for arm in arms] for name in candidates}
-    given_up = [name for name in names if drawn[name] < n and not all(settled.get(name, [False]))]
+    given_up = [name for name in asked if drawn[name] < n and not all(settled.get(name, [False]))]
     checked = draw_check(given_up, rule.check)
     full = {name: look(name, n) for name in checked}
     spent = sum(drawn.values())
@@ -185,6 +192,7 @@ def generate_within(
             "full_schedule": len(names) * n * each,
             "share": (detecting + spent * each) / (len(names) * n * each),
             "check": sum(n - drawn[name] for name in checked) * each,
+            "calibration": len(controls) * n * each,
         },
         "given_up": len(given_up),
         "checked": len(checked),
@@ -203,6 +211,16 @@ def generate_within(
                 manifest.write_parquet(arm.run / "guards.parquet", pl.concat(pl.read_parquet(log) for log in logs))
             manifest.write_json(arm.run / "budget.json", about)
     return about
+
+
+def calibrate_pooled(arms: Sequence[Arm], names: list[str]) -> list[Arm]:
+    """The arms by thresholds from the controls of all of them, which have all their images; nobody else has one."""
+    if arms[0].calibration.controls is None:
+        for arm in arms:
+            with lock(arm.run):
+                manifest.write_parquet(arm.run / "generations.parquet", collect(arm, names))
+        calibrate_runs([arm.run for arm in arms])
+    return [replace(arm, calibration=freeze(arm.calibration, arm.run / "calibration.json")) for arm in arms]
 
 
 def _open(samplers: dict[Path, Any], arm: Arm) -> Any:
@@ -291,6 +309,11 @@ def describe(about: dict[str, Any]) -> str:
         f"{about['prompts']:,} prompts: {about['chosen']:,} got {about['images']:,} images of up to {about['n']} each; "
         f"{cost['share']:.2%} of the full schedule's denoiser evaluations"
         + (f", and {cost['check'] / cost['full_schedule']:.1%} for the check" if cost["check"] else "")
+        + (
+            f", and {cost['calibration'] / cost['full_schedule']:.1%} for all images of controls"
+            if cost["calibration"]
+            else ""
+        )
     ]
     for arm in about["arms"]:
         line, missed = f"{Path(arm['run']).name}: {arm['extracted']} {about['rule']['until']}", arm["missed_in_all"]

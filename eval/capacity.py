@@ -1,4 +1,4 @@
-"""Audits with models of several sizes → does more room a picture mean more memorised pictures? DIR/capacity.json.
+"""Audits with models of several sizes → does more room a picture mean more memorised ones? DIR/capacity.json, report.
 
 Every size is an audit of its own in DIR/width-<W>, on the same planted images with the same seeds. Reported: the slope
 of the share given back over the doublings of parameters a training row, by seed, with Student's t over the seeds.
@@ -17,6 +17,7 @@ import polars as pl
 
 from dedup import manifest
 from eval.audit import audit
+from eval.capacity_report import write_capacity_report
 from eval.contrasts import LEVEL, report
 from eval.recipe import Recipe
 from eval.stats import Effect, t_interval
@@ -34,8 +35,10 @@ def measure_capacity(src: Path, directory: Path, recipe: Recipe, **options: Any)
         failed += [one | {"width": width} for one in verdict["failed"]]
         table = pl.read_parquet(folder / "audit" / "comparison.parquet").filter(arm="raw")
         rows += [describe_run(part, width, recipe.at_least) for part in table.partition_by("seed")]
-    found = {"schema_version": 1, "at_least": recipe.at_least, "runs": rows, "slope": fit_slope(rows), "failed": failed}
+    found: dict[str, Any] = {"schema_version": 1, "at_least": recipe.at_least, "planted": recipe.planted}
+    found |= {"runs": rows, "slope": fit_slope(rows), "failed": failed}
     manifest.write_json(directory / "capacity.json", found)
+    write_capacity_report(directory)
     return found
 
 
@@ -68,15 +71,19 @@ def count_parameters(path: Path) -> int:
 
 
 def fit_slope(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Share given back per doubling of parameters a row: least squares for each seed, then t(S - 1) over the seeds."""
-    slopes = []
+    """Share given back per doubling of parameters a row: least squares for each seed, then t(S - 1) over the seeds.
+
+    A slope varies no less between seeds than the rounding of its shares to 1 / n makes it.
+    """
+    slopes, steps = [], []
     for seed in sorted({row["seed"] for row in rows}):
         mine = [row for row in rows if row["seed"] == seed]
         x = np.log2([row["parameters_per_row"] for row in mine])
         if len(set(x)) > 1:
             slopes.append(float(np.polyfit(x, [row["share"] for row in mine], 1)[0]))
+            steps.append(1 / min(row["n"] for row in mine) / float(np.linalg.norm(x - x.mean())))
     if len(slopes) > 1:
-        found = t_interval(slopes, LEVEL)
+        found = t_interval(slopes, LEVEL, resolution=max(steps))
     else:
         found = Effect(slopes[0] if slopes else math.nan, -math.inf, math.inf, LEVEL, len(slopes), math.nan, "one seed")
     known = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in report(found).items()}

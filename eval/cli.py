@@ -46,9 +46,13 @@ def generate(
         Path | None, typer.Option(metavar="OUT", help="A dedup run over pictures that no model was trained on.")
     ] = None,
     guard: defense.cli.GuardOption = None,
+    null: Annotated[int, typer.Option(min=0, help="Images for the empty caption, compared with all targets.")] = 0,
     budget: Annotated[bool, typer.Option("--budget", help="Only as many images as the verdict needs.")] = False,
     detector: Annotated[str, typer.Option(help="With --budget: what chooses prompts, or none.")] = "noise-magnitude",
     until: Annotated[str, typer.Option(help="With --budget: extracted or direct settles a prompt.")] = "extracted",
+    pooled: Annotated[
+        bool, typer.Option("--calibrate", help="With --budget: all images of controls first, thresholds by them.")
+    ] = False,
     engine: dedup.cli.EngineOption = "local",
     address: dedup.cli.AddressOption = None,
     json_: JsonOption = False,
@@ -63,11 +67,16 @@ def generate(
     with defense.cli.require_extra("train"):
         options: dict[str, Any] = {"n": n, "guidance_scale": guidance_scale, "steps": steps, "prompts": prompts}
         options |= {"captions": captions, "limit": limit, "order": order, "controls": controls, "guards": guard or ()}
+        if null:
+            from eval.unprompted import draw_unprompted
+
+            for run in runs:
+                draw_unprompted(run, null, guidance_scale=guidance_scale, steps=steps, guards=guard or ())
         if budget:
             from eval.budget import Rule, describe, generate_within
 
             rule = Rule(detector=None if detector == "none" else detector, until=until)
-            about = generate_within(runs, rule, **options)
+            about = generate_within(runs, rule, pooled=pooled, **options)
             typer.echo(json.dumps(about) if json_ else describe(about))
             return
         from eval.generate import generate_runs
@@ -131,8 +140,11 @@ def attack(
         from dedup import manifest
         from eval.extraction import attack as run_attack
         from eval.summary import describe_scores
+        from eval.unprompted import score_unprompted
 
         run_attack(run, attack, encoder=encoder)
+        if attack == "clique":
+            score_unprompted(run)
         summary = manifest.read_json(run / f"attack-{attack}.json")
     where = f"details: {run}/attack-{attack}.json, scores: {run}/scores-{attack}.parquet"
     typer.echo(json.dumps(summary) if json_ else f"{describe_scores(summary, attack)}\n{where}")

@@ -16,11 +16,14 @@ from typing import Any
 import polars as pl
 
 from dedup import manifest
+from eval.asked import BY_CAPTION, PROBE, count_matches
 from eval.contrasts import AT_LEAST
 from eval.extraction import SCORES
 from eval.generate import read_config, read_reconstruction
 from eval.recipe import Utility
 from eval.targets import read_plant
+from eval.unprompted import SCORES as UNPROMPTED
+from eval.unprompted import read_unprompted
 from eval.utility import judge_utility
 from eval.verdict import judge
 
@@ -34,6 +37,7 @@ COMPARISON: dict[str, pl.DataType | type[pl.DataType]] = {
     "training_rows": pl.Int64,  # of the whole arm
     "copies": pl.Int64,  # different rows with the picture, or an edit of it, that training saw; null when not counted
     "exposures": pl.Int64,  # how often it saw any of them
+    "by_caption": BY_CAPTION,  # generations and matches for captions of each kind, "null" and "probe" among them
     **SCORES,
 }
 
@@ -52,6 +56,8 @@ class Run:
     calibration_sha256: str
     generations: pl.DataFrame
     scores: pl.DataFrame
+    unprompted: pl.DataFrame | None  # scores of images for the empty caption
+    probe: pl.DataFrame | None  # scores of the residual probe
 
 
 Groups = dict[int, list[Run]]  # training seed → its runs, in the order of the arms
@@ -113,9 +119,20 @@ def read_run(path: Path) -> Run:
     scores = pl.read_parquet(path / "scores-clique.parquet")
     if set(scores["digest"]) != set(generations["digest"]):
         raise CompareError(f"{path}: the scores are of other generations: run `unmemorize attack {path}` again")
+    if missing := [name for name in SCORES if name not in scores.columns]:
+        raise CompareError(f"{path}: the scores have no {missing[0]}: run `unmemorize attack {path}` again")
+    drawn = read_unprompted(path)
+    unprompted, probe = (_read_scores(path / name) for name in (UNPROMPTED, "scores-probe.parquet"))
+    if drawn is not None and (unprompted is None or set(unprompted["digest"]) != set(drawn["digest"])):
+        raise CompareError(f"{path}: images for the empty caption have no scores: run `unmemorize attack {path}` again")
     content = (path / "calibration.json").read_bytes()
     calibration = manifest.read_json(path / "calibration.json")
-    return Run(path, config, calibration, hashlib.sha256(content).hexdigest(), generations, scores)
+    digest = hashlib.sha256(content).hexdigest()
+    return Run(path, config, calibration, digest, generations, scores, unprompted, probe)
+
+
+def _read_scores(path: Path) -> pl.DataFrame | None:
+    return pl.read_parquet(path) if path.exists() else None
 
 
 def group_runs(runs: list[Run], failed: Collection[tuple[str, int]] = ()) -> Groups:
@@ -153,6 +170,10 @@ def _facts_of_all(run: Run) -> Facts:
     facts: Facts = {f"config key {key}": (value, "train all runs with one config") for key, value in config.items()}
     for column in SETTINGS:
         facts[f"generation setting {column}"] = (run.generations[column][0], "generate with equal settings")
+    drawn = read_unprompted(run.path)
+    for column in SETTINGS:
+        value = None if drawn is None else drawn[column][0]
+        facts[f"{column} of images for the empty caption"] = (value, "generate with equal --null and settings")
     return facts
 
 
@@ -185,6 +206,8 @@ def tabulate(run: Run) -> pl.DataFrame:
     config = run.config
     where = {"arm": config["arm"], "seed": config["seed"], "run": str(run.path), "training_rows": config.get("rows")}
     table = run.scores.join(count_dose(run), on="target_id", how="left", maintain_order="left")
+    told = count_matches(run.generations, run.scores, {"null": run.unprompted, PROBE: run.probe})
+    table = table.join(told, on="target_id", how="left", maintain_order="left")
     table = table.with_columns(**{name: pl.lit(value) for name, value in where.items()})
     return table.select(pl.col(name).cast(kind) for name, kind in COMPARISON.items())
 

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from eval import stats
-from eval.stats import Effect
+from eval.stats import Effect, Rate
 
 LEVEL = 0.95
 AT_LEAST = 2  # copies from which an image counts as repeated
@@ -191,4 +191,14 @@ def report(effect: Effect) -> dict[str, Any]:
         "level": effect.level,
         "method": effect.method,
         "p_value": effect.p_value,
+    }
+
+
+def report_rate(rate: Rate) -> dict[str, Any]:
+    return {
+        "k": rate.count,
+        "n": rate.n,
+        "rate": rate.estimate,
+        "interval": [rate.low, rate.high],
+        "method": rate.method,
     }

@@ -47,6 +47,7 @@ EVERY: dict[str, pl.DataType | type[pl.DataType]] = {
 CLIQUE: dict[str, pl.DataType | type[pl.DataType]] = {
     "delta": pl.Float64,
     "matches": pl.Int64,  # generations within delta of the target
+    "matched_files": pl.List(pl.String),  # those
     "matches_flip": pl.Int64,  # within delta of its mirror image; no part of `matches`
     "wrong_matches": pl.Int64,  # within delta of another picture of the reference
     "best_distance": pl.Float64,  # of the nearest generation to the target; null without generations
@@ -118,6 +119,8 @@ def attack(run: Path, name: str = "clique", *, encoder: str = ENCODERS[0]) -> pl
         found = ATTACKS[name](images, place, yardstick, calibration, mine["n"][0])
         for column in found.keys() & {"best_file", "medoid_file"}:
             found[column] = None if found[column] is None else made["file"][found[column]]
+        if "matched_files" in found:
+            found["matched_files"] = made["file"].gather(found["matched_files"]).to_list()
         kinds = mine["caption_kind"].unique()
         shown = {column: mine[column][0] for column in ("prompt", "digest")}
         shown |= {"caption_kind": kinds[0] if len(kinds) == 1 else "all", "eidetic_k": copies[place]}
@@ -191,16 +194,17 @@ def score_clique(
     target = scale(yardstick.target_pixels[place : place + 1])
     delta = calibration.delta[yardstick.targets["target_id"][place]]
     distance, mirrored = l2(images, target)[:, 0], l2(images, flip(target))[:, 0]  # (G,)
-    matches = int((distance <= delta).sum())
+    matched = np.flatnonzero(distance <= delta)
     score: dict[str, Any] = {
         "delta": delta,
-        "matches": matches,
+        "matches": len(matched),
+        "matched_files": matched.tolist(),
         "matches_flip": int((mirrored <= delta).sum()),
         "wrong_matches": int(near_any(images, yardstick.reference_pixels, ~yardstick.own[place], delta).sum()),
         "best_distance": float(distance.min()) if len(images) else None,
         "best_file": int(distance.argmin()) if len(images) else None,
         "best_distance_flip": float(mirrored.min()) if len(images) else None,
-        "extracted": matches > 0,
+        "extracted": len(matched) > 0,
         "delta_edge": calibration.delta_edge,
         "clique_size": None,
         "clique_k": clique_threshold(n),

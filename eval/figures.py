@@ -1,4 +1,4 @@
-"""Numbers → positions in the charts of the comparison report. Knows nothing of files or HTML."""
+"""Numbers → positions in the charts of the reports of audits. Knows nothing of files or HTML."""
 
 import math
 from typing import Any
@@ -42,6 +42,27 @@ def draw_dose(rows: pl.DataFrame, arms: list[str]) -> dict[str, Any]:
         curve = {"arm": arm, "name": name_arm(arm), "number": number, "points": points, "path": path}
         curves.append(curve | {"band": " ".join(edges) if len(line) > 1 else ""})
     return {"curves": curves, "ticks": [{"m": m, "x": round(x[m], 2)} for m in _spread(levels, x)]}
+
+
+def draw_capacity(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Points, bars and lines of share given back against log2 of parameters a row, a curve a seed, in its viewBox."""
+    ordered = sorted(runs, key=lambda run: run["parameters_per_row"])
+    rooms = [math.log2(run["parameters_per_row"]) for run in ordered]
+    least, most = min(rooms, default=0.0), max(rooms, default=0.0)
+    width = (RIGHT - NEVER) / (most - least + 0.5)  # of a doubling
+    x = [round(NEVER + width * (room - least + 0.25), 2) for room in rooms]
+    seeds = sorted({run["seed"] for run in ordered})
+    curves = []
+    for number, seed in enumerate(seeds):
+        points = []
+        for run, place in zip(ordered, x, strict=True):
+            if run["seed"] == seed:
+                heights = {f"y_{k}": round(BOTTOM - (BOTTOM - TOP) * run[k], 2) for k in ("share", "low", "high")}
+                points.append(run | heights | {"x": place + DODGE * (number - (len(seeds) - 1) / 2)})
+        path = " ".join(f"{p['x']},{p['y_share']}" for p in points)
+        curves.append({"seed": seed, "number": number, "points": points, "path": path})
+    ticks = {run["width"]: run | {"x": place} for run, place in zip(ordered, x, strict=True)}
+    return {"curves": curves, "ticks": list(ticks.values())}
 
 
 def _spread(levels: list[int], x: dict[int, float], least: float = 26) -> list[int]:

@@ -56,7 +56,8 @@ def make_plan(recipe: Recipe, speed: Speed | None, rows: int | None, clusters: i
         prompts = None if rows is None else min(rows, recipe.generate.limit)
     runs = recipe.seeds * len(recipe.arms)
     seconds: dict[str, float] = {}
-    images = (prompts or recipe.generate.limit) * recipe.generate.n + recipe.utility.images
+    images = (prompts or recipe.generate.limit) * recipe.generate.n
+    images += recipe.generate.null + recipe.utility.images
     if rows is not None:
         seconds["deduplicate"] = (recipe.seeds if recipe.planted else 1) * rows * DEDUP / jobs
     if speed is not None:

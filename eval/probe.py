@@ -79,6 +79,7 @@ def probe(run: Path, *, start: str = "caption", n: int = 4, steps: int = 15, lim
         found = score_clique(images, place, yardstick, calibration, n)
         for column in ("best_file", "medoid_file"):
             found[column] = None if found[column] is None else files[found[column]]
+        found["matched_files"] = [files[number] for number in found["matched_files"]]
         shown = {"caption_kind": "probe", "start": start, "digest": digest, "eidetic_k": copies[place]}
         scores.append(target | found | shown | {"n_generations": n, "n_nan": 0})
     table = pl.DataFrame(scores, schema=PROBE)

@@ -43,12 +43,13 @@ class Detection:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Parameters of `eval.generate.generate`."""
+    """Parameters of `eval.generate.generate`, and of `eval.unprompted.draw_unprompted`."""
 
     n: int = 16
     guidance_scale: float = 1.0
     steps: int = 15
     limit: int = 200
+    null: int = 256  # images for the empty caption, of each model; 0 draws none
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,8 @@ class Recipe:
             raise ConfigError(f"seeds = {self.seeds} must be at least 1, at_least = {self.at_least} at least 2")
         if any(width < 32 or width % 32 for width in self.widths) or (self.widths and self.train.base):
             raise ConfigError(f"widths = {list(self.widths)}: multiples of 32, of a model that is built from scratch")
+        if self.generate.null < 0:
+            raise ConfigError(f"generate: null = {self.generate.null} must be 0 or more")
         if self.utility.margin <= 0 or self.utility.images < 0:
             raise ConfigError("utility: margin must be above 0, images 0 or more")
 

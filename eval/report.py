@@ -18,6 +18,7 @@ import polars as pl
 from dedup import images, manifest, sources
 from dedup.report import environment, read_credit
 from defense.distances import l2, scale
+from eval.asked import list_captions, say_captions
 from eval.distances import max_tile_l2
 from eval.extraction import find_largest_clique, read_images
 from eval.figures import draw_dose, draw_interval
@@ -48,6 +49,9 @@ def write_report(audit: Path, *, redact: bool = False) -> Path:
     gather = partial(collect_cases, arms=arms, runs=runs, originals=originals, pictures=pictures)
     planted, never = rows.filter(prompt_kind="member"), rows.filter(prompt_kind="control")
     counted = [count_arm(rows, arm, verdict["at_least"]) for arm in arms]
+    what = name_images(bool(rows["mode"].is_not_null().any()), verdict["at_least"])
+    asked = list_captions(verdict)
+    subject = verdict["primary"]["contrast"].split(" - ")[1] if verdict["primary"] else arms[0]
     text = (
         environment(TEMPLATES)
         .get_template("comparison.html")
@@ -56,7 +60,9 @@ def write_report(audit: Path, *, redact: bool = False) -> Path:
             redact=redact,
             arms=counted,
             story=tell_story(rows, verdict),
-            what=name_images(bool(rows["mode"].is_not_null().any()), verdict["at_least"]),
+            what=what,
+            asked=asked,
+            said_of_captions=say_captions(asked, subject, name_arm(subject), what),
             is_planted=bool(rows["mode"].is_not_null().any()),
             interval=draw_interval(verdict["primary"]) if verdict["primary"] else None,
             contrasts=describe_contrasts(verdict),

@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 
 from eval.contrasts import repeated
+from eval.power import clusters_needed
 from eval.stats import clopper_pearson, wilson
 
 OFTEN = 32  # copies from which an image counts as planted often
@@ -76,6 +77,7 @@ def tell_story(rows: pl.DataFrame, verdict: dict[str, Any]) -> dict[str, Any]:
             "verdict": "nothing to compare",
             "meaning": f"{_upper(verdict['label'])}.",
             "often": "",
+            "counted": "",
         }
     arms = primary["contrast"].split(" - ")
     first, second = (count(some.filter(pl.col("arm") == arm)) for arm in arms)
@@ -89,6 +91,7 @@ def tell_story(rows: pl.DataFrame, verdict: dict[str, Any]) -> dict[str, Any]:
     word, meaning = _judge(first, second, primary, name_arm(arms[1]))
     low, high = primary["interval"]
     return {
+        "counted": say_counted(primary),
         "headline": _say_headline(first, second, [name_arm(arm) for arm in arms], what),
         "verdict": word,
         "meaning": meaning,
@@ -97,6 +100,15 @@ def tell_story(rows: pl.DataFrame, verdict: dict[str, Any]) -> dict[str, Any]:
         "interval": say_interval(low, high),
         "seeds": say_seeds(primary),
     }
+
+
+def say_counted(primary: dict[str, Any]) -> str:
+    """What the counts of the headline add up, where that is more than one model an arm."""
+    sizes = {one["n_clusters"] for one in primary["per_seed"]}
+    if len(primary["seeds"]) == 1:
+        return ""
+    each = f"{min(sizes):,}" if len(sizes) == 1 else f"{min(sizes):,} to {max(sizes):,}"
+    return f"Counted over {len(primary['seeds'])} training seeds, with {each} such images in each."
 
 
 def _say_headline(first: dict[str, Any], second: dict[str, Any], names: list[str], what: str) -> str:
@@ -115,10 +127,10 @@ def _judge(first: dict[str, Any], second: dict[str, Any], primary: dict[str, Any
     if first["hits"] == second["hits"] == 0:
         return "nothing to compare", "Without an image given back, this audit cannot show what deduplication does."
     if low > 0:
-        return "fewer given back", f"The {name} gives back fewer: the interval excludes no difference."
+        return "fewer given back", f"The {name} gives back fewer: the interval does not reach zero."
     if high < 0:
-        return "more given back", f"The {name} gives back more: the interval excludes no difference."
-    meaning = "The interval includes no difference: these data neither show an effect nor rule one out."
+        return "more given back", f"The {name} gives back more: the interval does not reach zero."
+    meaning = "The interval includes zero: these data neither show an effect nor rule one out."
     return "no difference shown", meaning
 
 
@@ -174,12 +186,20 @@ def list_threats(rows: pl.DataFrame, verdict: dict[str, Any], some: dict[str, An
             f"{len(seeds)} training seeds.",
             f"Chance in training is covered only as far as {len(seeds)} repetitions can show it.",
         )
-    if primary is not None and (drop := verdict["power"]["smallest_drop"]) is not None:
-        yield (
-            "Power.",
-            f"One checkpoint of each arm with {verdict['power']['n_clusters']} such images shows a drop of "
-            f"{100 * drop:.0f} points or more with 80 % power; a smaller one would probably be missed.",
-        )
+    if primary is not None:
+        n, drop = verdict["power"]["n_clusters"], verdict["power"]["smallest_drop"]
+        if drop is None:
+            yield (
+                "Too few images.",
+                f"One checkpoint of each arm with {n} such images can show no drop at all with 80 % power; one of 25 "
+                f"points takes {clusters_needed(0.25)} of them.",
+            )
+        else:
+            yield (
+                "Power.",
+                f"One checkpoint of each arm with {n} such images shows a drop of {100 * drop:.0f} points or more with "
+                "80 % power; a smaller one would probably be missed.",
+            )
     side = config["resolution"]
     yield (
         "A small model and small pictures." if side <= 64 else "One model.",
@@ -221,7 +241,13 @@ def _say_controls(verdict: dict[str, Any]) -> str:
     if not first["prompts"]:
         return "There are no controls: how often the test is wrong is not known."
     bound = f"so many controls bound the rate at {100 * first['upper_bound']:.1f} % (95 %, one-sided)"
-    return f"Images that no model saw tell how often the test is wrong: {', '.join(parts)}; {bound}."
+    others = [
+        f"{found['wrong']['k']:,} of {found['wrong']['n']:,} for {arm}" for arm, found in verdict["control"].items()
+    ]
+    return (
+        f"Images that no model saw tell how often the test is wrong: {', '.join(parts)}; {bound}. Generations within "
+        f"that δ of some other picture than the one asked for: {', '.join(others)}; none of them counts."
+    )
 
 
 def _list_singletons(verdict: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -12,8 +12,9 @@ from typing import Any
 
 import polars as pl
 
-from eval import stats
-from eval.contrasts import AT_LEAST, LEVEL, by_mode, explore, judge_contrast, match_arms, repeated
+from eval import metrics, stats
+from eval.asked import count_captions
+from eval.contrasts import AT_LEAST, LEVEL, by_mode, explore, judge_contrast, match_arms, repeated, report_rate
 
 VERSION = 2  # of verdict.json
 POWER = 0.8
@@ -66,6 +67,7 @@ def judge(
         "detection": compare_detection(by_arm, at_least),
         "missed": {arm: judge_missed(mine, at_least) for arm, mine in by_arm.items() if arm != "raw"},
         "per_multiplicity": list(count_multiplicities(rows, arms, planted)),
+        "captions": list(count_captions(rows, arms, at_least)),
         "control": {arm: count_controls(mine) for arm, mine in by_arm.items()},
         "dose_response": {arm: fit_doses(mine) for arm, mine in by_arm.items()},
         "power": None if primary is None else judge_power(rows, arms, at_least),
@@ -133,7 +135,7 @@ def compare_detection(by_arm: dict[str, pl.DataFrame], at_least: int) -> dict[st
     for arm in arms:
         some = by_arm[arm].filter(repeated(at_least))
         rate = _rate(some)
-        levels.append({"arm": arm, "copies_left": some["copies"].mean(), **_report_rate(rate)})
+        levels.append({"arm": arm, "copies_left": some["copies"].mean(), **report_rate(rate)})
     rows = pl.concat([by_arm[arm] for arm in arms])
     contrasts = []
     for pair in pairwise(arms):
@@ -150,7 +152,7 @@ def judge_missed(rows: pl.DataFrame, at_least: int) -> dict[str, Any] | None:
         return None
     left = {"missed": some.filter(pl.col("copies") > 1), "found": some.filter(pl.col("copies") <= 1)}
     return {
-        name: _report_rate(_rate(part)) | {"copies_left": part["copies"].mean(), "exposures": part["exposures"].mean()}
+        name: report_rate(_rate(part)) | {"copies_left": part["copies"].mean(), "exposures": part["exposures"].mean()}
         for name, part in left.items()
     }
 
@@ -167,7 +169,7 @@ def count_multiplicities(rows: pl.DataFrame, arms: list[str], planted: bool) -> 
                 if len(cell):
                     place = {"multiplicity": level, "to": upper, "mode": mode, "arm": arm}
                     matches = {"matches": cell["matches"].sum(), "generations": cell["n_generations"].sum()}
-                    yield place | _report_rate(_rate(cell)) | matches
+                    yield place | report_rate(_rate(cell)) | matches
 
 
 def count_controls(rows: pl.DataFrame) -> dict[str, Any]:
@@ -182,7 +184,7 @@ def count_controls(rows: pl.DataFrame) -> dict[str, Any]:
         "upper_bound": bound,
         "level": LEVEL,
         "note": None if len(control) else "no control prompts: train with held_out above 0, or use a planted dataset",
-        "wrong": _report_rate(stats.wilson(wrong, made, LEVEL)),
+        "wrong": report_rate(stats.wilson(wrong, made, LEVEL)),
     }
 
 
@@ -226,15 +228,4 @@ def describe_delta(rows: pl.DataFrame, calibration: dict[str, Any]) -> dict[str,
 
 def _rate(rows: pl.DataFrame) -> stats.Rate:
     """Wilson's interval, the exact one for none or all."""
-    k = int(rows["extracted"].sum())
-    return (stats.wilson if 0 < k < len(rows) else stats.clopper_pearson)(k, len(rows), LEVEL)
-
-
-def _report_rate(rate: stats.Rate) -> dict[str, Any]:
-    return {
-        "k": rate.count,
-        "n": rate.n,
-        "rate": rate.estimate,
-        "interval": [rate.low, rate.high],
-        "method": rate.method,
-    }
+    return metrics.rate(int(rows["extracted"].sum()), len(rows), LEVEL)

@@ -115,6 +115,31 @@ def test_an_interrupted_audit_goes_on_where_it_stopped(pictures, tmp_path, made)
     assert verdict["primary"]["seeds"] == [0, 1]
 
 
+@pytest.mark.parametrize("step", ["calibrate_runs", "attack", "score_unprompted", "compare", "write_report"])
+def test_wherever_it_stops_it_ends_as_if_it_had_not(pictures, tmp_path, made, monkeypatch, step):
+    """Stopped in the second call of a step, or in the only one. Digests of dedup runs know paths and times."""
+    recipe, calls = replace(SMALL, seeds=1), []
+    expected = run_audit(pictures, tmp_path / "whole", recipe)
+    real = getattr(auditing, step)
+
+    def stop(*args: object, **options: object) -> object:
+        calls.append(step)
+        if len(calls) == (2 if step in ("attack", "score_unprompted") else 1):
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(auditing, step, stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_audit(pictures, tmp_path / "dir", recipe)
+    monkeypatch.setattr(auditing, step, real)
+    found = run_audit(pictures, tmp_path / "dir", recipe)
+    for verdict in (found, expected):
+        del verdict["per_seed"][0]["out_sha256"]
+    assert found == expected
+    thresholds = [(tmp_path / name / "audit" / "calibration.json").read_bytes() for name in ("whole", "dir")]
+    assert thresholds[0] == thresholds[1]
+
+
 def test_what_was_declared_cannot_be_changed_after_training(pictures, tmp_path, made):
     run_audit(pictures, tmp_path / "dir")
     other = replace(SMALL, at_least=3)

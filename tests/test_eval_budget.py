@@ -13,6 +13,7 @@ from test_eval_targets import RESOLUTION, make_planted, make_run
 from dedup import manifest
 from eval import generate as generate_
 from eval.budget import BudgetError, Rule, choose, describe, draw_check, generate_within, list_rounds, run_rounds
+from eval.controls import calibrate_runs
 from eval.extraction import attack
 from eval.generate import generate
 from eval.targets import load_pixels
@@ -132,6 +133,38 @@ def test_an_interrupted_schedule_goes_on(runs, monkeypatch):
     again = {path: path.stat().st_mtime_ns for path in runs[0].rglob("*.png")}
     assert files.keys() == again.keys()
     assert sum(files[path] != again[path] for path in files) <= 4
+
+
+def test_thresholds_by_pooled_controls_are_set_before_anything_is_drawn_for_a_member(runs, monkeypatch):
+    rule, seen = Rule(detector=None, first=2, check=0.5), []
+
+    def calibrate(some):
+        for run in some:
+            table = pl.read_parquet(run / "generations.parquet")
+            assert set(table.filter(prompt_kind="member")["status"]) == {"pruned"}
+            assert table.filter(prompt_kind="control", status="ok")["prompt_id"].value_counts()["count"].to_list() == [
+                8,
+                8,
+            ]
+        seen.extend(some)
+        return calibrate_runs(some)
+
+    monkeypatch.setattr("eval.budget.calibrate_runs", calibrate)
+    about = generate_within(runs, rule, pooled=True, **OPTIONS)
+    assert seen == runs
+    assert about["evaluations"]["calibration"] == 2 * 8 * 4
+    assert "of controls" in describe(about)
+    calibrations = [manifest.read_json(run / "calibration.json") for run in runs]
+    assert calibrations[0] == calibrations[1]
+    assert (calibrations[0]["controls"]["prompts"], calibrations[0]["controls"]["generations"]) == (4, 8)
+    before = [(run / "calibration.json").read_bytes() for run in runs]
+    scores = [attack(run) for run in runs]  # by these thresholds
+    assert [found["extracted"].sum() for found in scores] == [told["extracted"] for told in about["arms"]]
+    assert set(scores[0].filter(prompt_kind="control")["n_generations"]) == {8}
+    edges = {found["delta_edge"][0] for found in scores}
+    assert edges == {calibrations[0]["delta_edge"]}
+    assert generate_within(runs, rule, pooled=True, **OPTIONS) == about  # goes on, although there are scores now
+    assert [(run / "calibration.json").read_bytes() for run in runs] == before
 
 
 def test_evaluations_are_counted_as_the_denoiser_is_asked(runs):

@@ -13,6 +13,7 @@ from scipy import stats as scipy_stats
 from test_eval_targets import RESOLUTION, make_plain, make_planted, make_run, paint, write_generations
 
 from dedup import manifest
+from defense.config import TrainConfig
 from eval import report, stats
 from eval.compare import COMPARISON, CompareError, compare
 from eval.extraction import SCORES, attack
@@ -256,7 +257,8 @@ def test_runs_of_one_seed_are_put_side_by_side(two_seeds, tmp_path):
 
 def spoil_config(run: Path, **changes: object) -> None:
     record = manifest.read_json(run / "config.json")
-    config = record["config"] | {k: v for k, v in changes.items() if k in record["config"]}
+    of_config = (*record["config"], *TrainConfig.__dataclass_fields__)
+    config = record["config"] | {k: v for k, v in changes.items() if k in of_config}
     manifest.write_json(run / "config.json", record | changes | {"config": config})
 
 
@@ -273,6 +275,8 @@ def spoil_table(run: Path, name: str, **changes: pl.Expr) -> None:
         ({"resolution": 64}, r"differ in config key resolution \(32 / 64\)"),
         ({"initial_weights_sha256": "x"}, "differ in initial weights"),
         ({"arm": "raw"}, "both of arm 'raw', seed 0"),
+        ({"base": "other"}, r"differ in config key base \(None / other\): train all runs with one config"),
+        ({"learning_rate": 1e-3}, r"differ in config key learning_rate \(None / 0.001\)"),
     ],
 )
 def test_runs_that_differ_in_more_than_the_arm_are_refused(copies, tmp_path, changes, message):

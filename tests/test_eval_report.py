@@ -55,6 +55,7 @@ def make_audit(folder: Path, hits: dict[str, int], seeds: tuple[int, ...] = (0,)
                 row |= {"prompt": f"a picture of {target}", "prompt_kind": "member" if m else "control"}
                 row |= {"multiplicity": m, "mode": mode, "delta": 0.1, "delta_edge": 0.05, "n_generations": 8}
                 row |= {"matches": 3 * given, "wrong_matches": 0, "n_nan": 0, "training_rows": 99}
+                row |= {"by_caption": [{"caption_kind": "survivor", "generations": 8, "matches": 3 * given}]}
                 row |= {"best_distance": 0.03 if given else 0.3, "best_file": files[0], "extracted": given}
                 row |= {
                     "copies": m if arm == "raw" else 1,
@@ -297,3 +298,19 @@ def test_one_arm_is_reported_without_a_contrast(page: Page, tmp_path: Path) -> N
 )
 def test_intervals_in_words(low: float, high: float, words: str) -> None:
     assert story.say_interval(low, high) == words
+
+
+def test_too_few_images_are_said_with_the_number_it_takes(tmp_path: Path) -> None:
+    audit = make_audit(tmp_path, {"raw": 4, "refill": 1})
+    rows, verdict = pl.read_parquet(audit / "comparison.parquet"), manifest.read_json(audit / "verdict.json")
+    verdict["power"] = verdict["power"] | {"n_clusters": 3, "smallest_drop": None}
+    some = manifest.read_json(tmp_path / "raw-0" / "config.json")
+    threats = dict(story.list_threats(rows, verdict, some))
+    assert "3 such images can show no drop" in threats["Too few images."]
+    assert "takes 31 of them" in threats["Too few images."]
+
+
+def test_counts_over_seeds_say_how_many_images_each_has(tmp_path: Path) -> None:
+    audit = make_audit(tmp_path, {"raw": 4, "refill": 1}, seeds=(0, 1))
+    told = tell_story(pl.read_parquet(audit / "comparison.parquet"), manifest.read_json(audit / "verdict.json"))
+    assert told["counted"] == "Counted over 2 training seeds, with 6 such images in each."

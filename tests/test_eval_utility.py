@@ -5,13 +5,16 @@ import json
 import numpy as np
 import polars as pl
 import pytest
+from playwright.sync_api import Page, expect
 from test_eval_targets import make_plain, make_planted, make_run
 
 from dedup import manifest
 from dedup.plant import plant
 from eval.capacity import count_parameters, describe, fit_slope, fit_width
+from eval.capacity_report import write_capacity_report
 from eval.metrics import kid, kid_difference
 from eval.recipe import Recipe, Sampling, Utility
+from eval.story import count
 from eval.utility import FEATURES, encode, judge_utility, measure_utility, read_held_out
 
 
@@ -155,6 +158,67 @@ def test_the_slope_is_per_doubling_and_its_interval_over_the_seeds():
     assert alone["interval"] == [None, None]
     assert json.dumps(alone)
     assert fit_slope(rows[:1])["estimate"] is None
+
+
+def make_runs(hits: dict[int, list[int]], n: int = 18) -> list[dict]:
+    """Width → images given back, by seed."""
+    runs = []
+    for width, each in hits.items():
+        for seed, k in enumerate(each):
+            size = {"width": width, "seed": seed, "parameters": 400 * width**2, "rows": 631}
+            counted = count(pl.DataFrame({"extracted": [True] * k + [False] * (n - k)}))
+            runs.append(size | {"parameters_per_row": size["parameters"] / 631} | counted)
+    return runs
+
+
+def write_capacity(folder, hits: dict[int, list[int]], failed: list[dict] | None = None):
+    runs = make_runs(hits)
+    found = {"schema_version": 1, "at_least": 2, "planted": True, "runs": runs, "slope": fit_slope(runs)}
+    manifest.write_json(folder / "capacity.json", found | {"failed": failed or []})
+    return write_capacity_report(folder)
+
+
+def test_seeds_of_equal_slope_do_not_make_the_interval_a_point():
+    low, high = fit_slope(make_runs({32: [3, 4], 64: [8, 9]}))["interval"]
+    assert low < 0.1 < 0.18 < high
+
+
+def test_the_capacity_page_says_the_slope_and_shows_every_run(page: Page, tmp_path):
+    failed = [{"width": 96, "arm": "raw", "seed": 2, "error": "DivergedError"}]
+    page.set_viewport_size({"width": 375, "height": 812})
+    page.goto(write_capacity(tmp_path, {32: [3, 4], 64: [8, 8], 96: [12, 14]}, failed).as_uri())
+    expect(page.locator("h1")).to_have_text(
+        "The smallest model gave back 7 of 36 images planted twice or more, the largest 26 of 36."
+    )
+    expect(page.locator(".lead")).to_contain_text("points for every doubling of parameters an image")
+    expect(page.locator(".lead")).to_contain_text("over 2 training seeds")
+    assert page.evaluate("document.documentElement.scrollWidth") == 375
+    rows = page.locator("#runs tbody tr").all_inner_texts()
+    assert len(rows) == 6
+    assert rows[0].split("\t")[:6] == ["32", "0", "409,600", "631", "649", "3 of 18"]
+    assert page.locator("#room-text").text_content() == (
+        "seed 0: 3 of 18 at 649, 8 of 18 at 2,597, 12 of 18 at 5,842. "
+        "seed 1: 4 of 18 at 649, 8 of 18 at 2,597, 14 of 18 at 5,842. "
+    )
+    expect(page.locator(".banner")).to_contain_text("Width 96, raw with seed 2 failed")
+    expect(page.locator("#threats li")).to_have_count(4)
+    links = [link.get_attribute("href") for link in page.locator("#runs .note a").all()]
+    assert links == [f"../width-{width}/audit/report/index.html" for width in (32, 64, 96)]
+
+
+@pytest.mark.parametrize(
+    ("hits", "words"),
+    [
+        ({32: [3, 4], 64: [8, 8], 96: [12, 13]}, "with more room, more images came back"),
+        ({32: [12, 13], 64: [8, 8], 96: [3, 4]}, "with more room, fewer images came back"),
+        ({32: [3, 8], 64: [8, 3]}, "neither show that room matters nor rule it out"),
+        ({32: [3], 64: [8]}, "without an interval, this is no evidence"),
+        ({32: [3, 4]}, "One size has no slope"),
+        ({}, "No model could be measured"),
+    ],
+)
+def test_every_slope_is_told(tmp_path, hits, words):
+    assert words in write_capacity(tmp_path, hits).read_text()
 
 
 def test_parameters_are_counted_without_loading_them(tmp_path):
