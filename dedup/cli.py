@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from dedup import memory
+
 app = typer.Typer()
 
 SourceArgument = Annotated[
@@ -51,6 +53,13 @@ def choose_address(engine: str, address: str | None) -> str | None:
 
 class TooManyBad(Exception):
     """More unreadable inputs than `--max-bad` allows: the results stand, the exit code is 1."""
+
+
+def _parse_size(text: str) -> int:
+    try:
+        return memory.parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 @app.command()
@@ -179,6 +188,12 @@ def dedup(
         typer.Option(metavar="JSON", help="What you marked in the report; OUT remembers it.", rich_help_panel=KEPT),
     ] = None,
     max_bad: Annotated[float, typer.Option(help="Share of unreadable inputs that is tolerated.")] = 0.01,
+    memory_budget: Annotated[
+        int | None,
+        typer.Option(
+            parser=_parse_size, metavar="SIZE", help="Memory of the search, e.g. 4GB; default: a quarter of all."
+        ),
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Find duplicates in SRC and decide what to keep. Example: unmemorize dedup photos -o photos-dedup"""
@@ -228,6 +243,7 @@ def dedup(
         understood=i_understand,
         transfer=transfer,
         decisions=decisions,
+        memory_budget=memory_budget,
     )
     if run["medical"]:
         typer.echo(f"Warning: {CAUTION}.", err=True)

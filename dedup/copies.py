@@ -117,9 +117,10 @@ class CopySearch:
 
     def confirm(self, pairs: pl.DataFrame) -> pl.DataFrame:
         """The pairs with what a look at their pictures says: class (null: nothing), score, overlap."""
-        location = self.rows.select(look.LOCATION).rows()
-        columns = pairs.select("a", "b", "orientation", "inliers", "transform").iter_rows()
-        items = [(location[a], location[b], *match, bool(self.strict[[a, b]].any())) for a, b, *match in columns]
+        a, b = (self.rows.select(look.LOCATION)[pairs[end]].rows() for end in "ab")
+        strict = (self.strict[pairs["a"].to_numpy()] | self.strict[pairs["b"].to_numpy()]).tolist()
+        matches = pairs.select("orientation", "inliers", "transform").rows()
+        items = [(x, y, *match, is_strict) for x, y, match, is_strict in zip(a, b, matches, strict, strict=True)]
         keys = [(a[-1], b[-1], *asked) for a, b, *asked in items]
         with engine.timed(self.seconds, "lay over"):
             found = self.reader.ask(judge_pairs, keys, lambda numbers: [items[n] for n in numbers])

@@ -75,14 +75,18 @@ def effective_pixels(rows: pl.DataFrame, sized: pl.DataFrame, spectra: dict[str,
 
     sized: of `size_pairs`; spectra: by sha256. Smaller rows come first, so a chain of enlargements ends at its origin.
     """
-    areas, digests = rows.select(_area())["area"].fill_null(0).to_list(), rows["sha256"].to_list()
-    held = dict(zip(digests, areas, strict=True))
-    for a, b, ratio in sized.select("larger", "smaller", "ratio").iter_rows():
-        larger, smaller = digests[a], digests[b]
+    area, sha256 = rows.select(_area())["area"].fill_null(0).alias("effective_pixels"), rows["sha256"]
+    ends = pl.concat([sized["larger"], sized["smaller"]])
+    digests = sha256.gather(ends).to_list()
+    held, lowered = dict(zip(digests, area.gather(ends), strict=True)), dict[str, int]()
+    for larger, smaller, ratio in zip(digests[: len(sized)], digests[len(sized) :], sized["ratio"], strict=True):
         if held[smaller] < held[larger] and not holds_more(spectra[larger], spectra[smaller], ratio):
-            held[larger] = held[smaller]
-    values = [min(area, held[digest]) for area, digest in zip(areas, digests, strict=True)]
-    return pl.Series("effective_pixels", values, dtype=pl.Int64)
+            held[larger] = lowered[larger] = held[smaller]
+    if not lowered:
+        return area
+    less = pl.DataFrame({"sha256": list(lowered), "less": list(lowered.values())})
+    found = sha256.to_frame().join(less, on="sha256", how="left", maintain_order="left")
+    return pl.select(pl.min_horizontal(area, found["less"]).alias("effective_pixels")).to_series()
 
 
 def _area() -> pl.Expr:

@@ -9,6 +9,7 @@ import numpy as np
 BITS = 256  # of a PDQ code
 KEY_BITS = 12
 TURNED = 1 << 11
+NOBODY = np.iinfo(np.int64).max  # the key of no partner
 INVERSE = np.array([0, 3, 2, 1, 4, 5, 6, 7], np.int32)  # of r0 r90 r180 r270 m0 m90 m180 m270
 
 

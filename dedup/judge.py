@@ -4,7 +4,8 @@ In: rows with their hashes, candidates of the search. Out: the pairs table, deci
 holds. Reads pictures again through a `Reader`; knows nothing of how they were found.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import polars as pl
@@ -12,17 +13,20 @@ import polars as pl
 from dedup import clustering, copies, detail, hamming, look, manifest, marks, policy, twins, verify
 from dedup.manifest import ORIENTATIONS
 from dedup.reader import Reader
+from dedup.signatures import Signatures
+
+ASKED = 50_000  # pairs or pictures that are asked about at a time: what is known of each takes about 2 KB
 
 
 def accept_pairs(
-    rows: pl.DataFrame, candidates: pl.DataFrame, reader: Reader, *, flat: bool
+    rows: pl.DataFrame, candidates: pl.DataFrame, reader: Reader, signatures: Signatures, *, flat: bool
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Verify the candidates. Returns the rows with `pixel_digest` filled where it was needed, and the pairs table.
 
     flat: whether pictures without texture are compared by their pixels.
     """
     near = candidates.filter(pl.col("signal") != "bytes")
-    paired = rows[pl.concat([near["i"], near["j"]]).unique().sort().to_list()]
+    paired = rows.select("id", *look.LOCATION)[pl.concat([near["i"], near["j"]]).unique().sort()]
     hashed = verify.verify_pairs(near, reader.thumbnails(paired))
     certain = {
         "class": pl.lit("copy"),
@@ -32,13 +36,12 @@ def accept_pairs(
     }
     equal_bytes = candidates.filter(pl.col("signal") == "bytes").with_columns(**certain)
     identical = hashed.filter((pl.col("hamming") == 0) & (pl.col("residual") == 0) & (pl.col("orientation") == 0))
-    flat_rows = _flat_rows(rows) if flat else pl.Series([], dtype=pl.Int64)
-    wanted = rows[pl.concat([identical["i"], identical["j"], flat_rows]).unique().sort().to_list()]
-    places = wanted.select(look.LOCATION).rows()
-    digests = reader.ask(look.digest_pixels, wanted["sha256"].to_list(), lambda numbers: [places[n] for n in numbers])
-    digest = pl.DataFrame({"id": wanted["id"], "pixel_digest": pl.Series(digests, dtype=pl.String)})
-    rows = rows.join(digest, on="id", how="left", maintain_order="left")
-    of_pixels = rows["pixel_digest"]
+    flat_rows = _flat_rows(rows, signatures) if flat else pl.Series([], dtype=pl.Int64)
+    wanted = pl.concat([identical["i"], identical["j"], flat_rows]).unique().sort()
+    digests = _ask(look.digest_pixels, rows.select(look.LOCATION)[wanted], reader)
+    digest = pl.DataFrame({"id": wanted, "pixel_digest": pl.Series(digests, dtype=pl.String)})
+    of_pixels = rows.select("id").join(digest, on="id", how="left", maintain_order="left")["pixel_digest"]
+    rows = rows.with_columns(of_pixels)
     hashed = hashed.with_columns(
         signal=pl.when(of_pixels.gather(hashed["i"]) == of_pixels.gather(hashed["j"]))
         .then(pl.lit("pixels"))
@@ -51,16 +54,19 @@ def accept_pairs(
     return rows, _by_id(pairs)
 
 
-def _flat_rows(rows: pl.DataFrame) -> pl.Series:
+def _flat_rows(rows: pl.DataFrame, signatures: Signatures) -> pl.Series:
     """Pictures without texture have no perceptual hash worth the name. Those of equal size and hash may be equal."""
-    flat = rows.filter((pl.col("status") == "ok") & (pl.col("pdq_quality") < verify.MIN_QUALITY))
-    alike = ["width", "height", "phash", "dhash", "pdq"]
-    return flat.filter(pl.len().over(alike) > 1)["id"]
+    is_flat = (pl.col("status") == "ok") & (pl.col("pdq_quality") < verify.MIN_QUALITY)
+    flat = rows.select("id", "status", "width", "height", "pdq_quality").filter(is_flat)
+    hashes = ("phash", "dhash", "pdq")
+    flat = flat.hstack(signatures.take(flat["id"], hashes))
+    return flat.filter(pl.len().over("width", "height", *hashes) > 1)["id"]
 
 
 def _flat_pairs(rows: pl.DataFrame) -> pl.DataFrame:
     """Flat pictures with equal pixels: each pairs with the first of them in keeper order."""
-    flat = rows.filter((pl.col("pdq_quality") < verify.MIN_QUALITY) & pl.col("pixel_digest").is_not_null()).sort("rank")
+    flat = rows.select("id", "rank", "pdq_quality", "pixel_digest")
+    flat = flat.filter((pl.col("pdq_quality") < verify.MIN_QUALITY) & pl.col("pixel_digest").is_not_null()).sort("rank")
     first = flat.group_by("pixel_digest", maintain_order=True).agg(i=pl.col("id").first())
     pairs = flat.join(first, on="pixel_digest").filter(pl.col("id") != pl.col("i")).select("i", j="id")
     return pairs.with_columns(orientation=pl.lit(0, pl.Int32), hamming=pl.lit(0, pl.Int32), signal=pl.lit("pixels"))
@@ -104,7 +110,6 @@ def settle(
     the search.
     """
     pairs, open_marks = marks.overrule(pairs, told, rows), True
-    location = rows.select(look.LOCATION).rows()
     held, rank = detail.effective_pixels(rows, detail.size_pairs(rows, pairs.clear()), {}), rows["rank"]
     confirmed = np.zeros(len(pairs), bool)
     spectra: dict[str, np.ndarray] = {}
@@ -115,7 +120,7 @@ def settle(
         doubted = deciding[~confirmed[deciding] & (pairs["signal"].gather(deciding) == "pdq").to_numpy()]
         if len(doubted):
             confirmed[doubted] = True
-            refuted = doubted[~np.array(_confirm(pairs[doubted], location, reader))]
+            refuted = doubted[~np.array(_confirm(pairs[doubted], rows, reader))]
             wrong = pl.int_range(pl.len()).is_in(refuted)
             pairs = pairs.with_columns(pl.when(wrong).then(pl.lit("look-alike")).otherwise("class").alias("class"))
             if len(refuted):
@@ -128,8 +133,10 @@ def settle(
         whole = pairs["hamming"].is_not_null() | (pairs["signal"] == "bytes")  # a part of a picture holds less
         whole &= pl.Series(confirmed)
         sized = detail.size_pairs(rows, pairs.filter(whole))
-        wanted = {location[row][-1]: location[row] for row in pl.concat([sized["larger"], sized["smaller"]])}
-        spectra |= _measure({sha256: place for sha256, place in wanted.items() if sha256 not in spectra}, reader)
+        wanted = rows.select(look.LOCATION)[pl.concat([sized["larger"], sized["smaller"]]).unique()]
+        spectra |= _measure(
+            wanted.filter(~pl.col("sha256").is_in(pl.Series(list(spectra), dtype=pl.String).implode())), reader
+        )
         held = detail.effective_pixels(rows, sized, spectra)
         before, rank = rank, policy.keeper_rank(rows, held, policy.count_partners(pairs, len(rows), prefer), prefer)
         if not rank.equals(before):
@@ -152,19 +159,34 @@ def settle(
         return pairs, decisions, held, rank
 
 
-def _confirm(pairs: pl.DataFrame, location: list[tuple], reader: Reader) -> list[bool]:
+def _confirm(pairs: pl.DataFrame, rows: pl.DataFrame, reader: Reader) -> list[bool]:
     """Whether these pairs hold up close."""
-    columns = pairs.select("a", "b", "orientation").iter_rows()
-    closely = [(location[a], location[b], ORIENTATIONS.index(orientation)) for a, b, orientation in columns]
-    keys = [(a[-1], b[-1], orientation) for a, b, orientation in closely]
-    return reader.ask(look.confirm_pairs, keys, lambda numbers: [closely[n] for n in numbers])
+    holds: list[bool] = []
+    for part in pairs.select("a", "b", "orientation").iter_slices(ASKED):
+        a, b = (rows.select(look.LOCATION)[part[end]].rows() for end in "ab")
+        closely = list(zip(a, b, map(ORIENTATIONS.index, part["orientation"]), strict=True))
+        keys = [(a[-1], b[-1], orientation) for a, b, orientation in closely]
+        holds += reader.ask(look.confirm_pairs, keys, partial(_pick, closely))
+    return holds
 
 
-def _measure(places: dict[str, tuple], reader: Reader) -> dict[str, np.ndarray]:
-    """Power spectra of pictures, by the digest of their bytes."""
-    digests = sorted(places)
-    measured = reader.ask(look.measure_detail, digests, lambda numbers: [places[digests[n]] for n in numbers])
-    return {sha256: np.array(power, np.float32) for sha256, power in zip(digests, measured, strict=True)}
+def _measure(pictures: pl.DataFrame, reader: Reader) -> dict[str, np.ndarray]:
+    """Power spectra of pictures, look.LOCATION, by the digest of their bytes."""
+    pictures = pictures.unique("sha256", keep="last", maintain_order=True).sort("sha256")
+    spectra = map(look.read_spectrum, _ask(look.measure_detail, pictures, reader))
+    return dict(zip(pictures["sha256"], spectra, strict=True))
+
+
+def _ask(function: Callable[..., list], pictures: pl.DataFrame, reader: Reader) -> list:
+    """What the function says of each picture, look.LOCATION, by the digest of its bytes."""
+    told: list = []
+    for part in pictures.iter_slices(ASKED):
+        told += reader.ask(function, part["sha256"].to_list(), partial(_pick, part.rows()))
+    return told
+
+
+def _pick(items: list, numbers: list[int]) -> list:
+    return [items[number] for number in numbers]
 
 
 def _links(pairs: pl.DataFrame, confirmed: np.ndarray, n: int) -> np.ndarray:
@@ -207,8 +229,8 @@ def share_fate(
     other = pl.select(pl.when(a_first).then(equal["b"]).otherwise(equal["a"])).to_series()
     gone = decisions["kept_id"].gather(first).is_not_null()
     first, other = first.filter(gone), other.filter(gone)
-    fate = decisions[first.to_list()]
-    evidence, kept_id = pairs[fate["pair"].to_list()], fate["kept_id"]
+    fate = decisions[first]
+    evidence, kept_id = pairs[fate["pair"]], fate["kept_id"]
     x, y = (pl.select(pl.when(evidence[end] == first).then(other).otherwise(kept_id)).to_series() for end in "ab")
     shared = twins.turn_pairs(evidence, rows, x, y)
     numbers = pl.select(pl.int_range(len(pairs), len(pairs) + len(shared), dtype=pl.Int64)).to_series()

@@ -4,6 +4,7 @@ In: locations of rows. Out: their thumbnails, digests, verdicts. Each function i
 longer the one that was hashed is an error.
 """
 
+import base64
 from functools import lru_cache
 from pathlib import Path
 
@@ -59,9 +60,11 @@ class Thumbnails:
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         taken = np.empty((len(rows), THUMBNAIL, THUMBNAIL, 3), np.uint8)
+        size = taken[:1].nbytes
         part, place = np.divmod(np.searchsorted(self.ids, rows), self.rows_per_file)
-        for number in np.unique(part):
-            taken[part == number] = np.load(self.paths[number])[place[part == number]]
+        for number, path in enumerate(map(self.paths.__getitem__, part)):
+            header = path.stat().st_size % size  # np.load takes eight times as long for one thumbnail
+            taken[number].flat = np.fromfile(path, np.uint8, size, offset=header + size * int(place[number]))
         return taken
 
 
@@ -81,6 +84,12 @@ def confirm_pairs(src: Path, pairs: list[tuple], options: DecodeOptions) -> list
     return [verify.is_same_picture(load(b), load(a), orientation) for a, b, orientation in pairs]
 
 
-def measure_detail(src: Path, rows: list[tuple], options: DecodeOptions) -> list[np.ndarray]:
-    """Power spectra (`detail.power_spectrum`)."""
-    return [detail.power_spectrum(read_again(src, row, options).pixels) for row in rows]
+def measure_detail(src: Path, rows: list[tuple], options: DecodeOptions) -> list[str]:
+    """Power spectra (`detail.power_spectrum`) for `read_spectrum`: as text, a quarter of what JSON would take."""
+    spectra = [detail.power_spectrum(read_again(src, row, options).pixels) for row in rows]
+    return [base64.b64encode(spectrum.astype(np.float32).tobytes()).decode() for spectrum in spectra]
+
+
+def read_spectrum(text: str) -> np.ndarray:
+    """float32, as it was measured."""
+    return np.frombuffer(base64.b64decode(text), np.float32)

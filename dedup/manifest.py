@@ -145,9 +145,7 @@ def conform(frame: pl.DataFrame, schema: Schema = SCHEMA) -> pl.DataFrame:
 
 def validate(frame: pl.DataFrame) -> None:
     """Raise ManifestError unless the rules of the data model hold (docs/architecture.md, rules 1 and 2)."""
-    if dict(frame.schema) != SCHEMA:
-        raise ManifestError(f"manifest columns differ from the schema: {sorted(set(frame.columns) ^ set(SCHEMA))}")
-    if not (frame["id"] == pl.Series(range(len(frame)), dtype=pl.Int64)).all():
+    if not (frame["id"] == pl.int_range(len(frame), eager=True)).all():
         raise ManifestError("ids are not 0 … n-1 in order")
     for column, vocabulary in (("status", STATUS), ("reason", REASONS), ("class", CLASSES)):
         unknown = set(frame[column].drop_nulls().unique()) - set(vocabulary)
@@ -159,8 +157,8 @@ def validate(frame: pl.DataFrame) -> None:
         raise ManifestError("a row that was dropped for a picture outside of the dataset is kept, or names a kept row")
     stays = readable.filter(pl.col("reason").ne_missing("external"))
     dropped = stays.filter(~pl.col("keep"))
-    kept = set(frame.filter("keep")["id"])
-    if not set(dropped["kept_id"]) <= kept:
+    there = dropped["kept_id"].is_between(0, len(frame) - 1).fill_null(False)
+    if not there.all() or not frame["keep"].gather(dropped["kept_id"]).all():
         raise ManifestError("a dropped row names no kept row")
     if frame["represents"].sum() != len(stays):
         raise ManifestError(
@@ -168,13 +166,19 @@ def validate(frame: pl.DataFrame) -> None:
         )
 
 
-def write(out: Path, frame: pl.DataFrame) -> None:
-    """Validate and write `OUT/manifest/`; files of an earlier, longer manifest are removed."""
+def write(out: Path, frame: pl.DataFrame, take: Callable[[pl.Series], pl.DataFrame] | None = None) -> None:
+    """Validate and write `OUT/manifest/`; files of an earlier, longer manifest are removed.
+
+    take: ids → those columns of these rows that the frame does not have: no more than one file of them is in memory.
+    """
     validate(frame)
     folder = out / "manifest"
     parts = max(1, -(-len(frame) // ROWS_PER_FILE))
     for part in range(parts):
         rows = frame.slice(part * ROWS_PER_FILE, ROWS_PER_FILE)
+        rows = rows if take is None else rows.hstack(take(rows["id"])).select(SCHEMA.keys())
+        if dict(rows.schema) != SCHEMA:
+            raise ManifestError(f"manifest columns differ from the schema: {sorted(set(rows.columns) ^ set(SCHEMA))}")
         write_parquet(folder / f"{part:05d}.parquet", rows)
     for path in folder.glob("*.parquet"):
         if int(path.stem) >= parts:

@@ -127,6 +127,9 @@ def resolve(marks: list[Mark], rows: pl.DataFrame) -> tuple[pl.DataFrame, dict[s
     of, or, where these are equal, the rows themselves. Marks of pictures that are not there are counted as `absent`.
     Equal bytes are a copy without any mark.
     """
+    if not marks:
+        nobody = {name.replace("-", "_"): 0 for name in VERDICTS[:2]} | {"absent": 0, "digest": digest(marks)}
+        return pl.DataFrame(schema={"a": pl.Int64, "b": pl.Int64, "verdict": pl.String}), nobody
     ends = ("sha256", "shard", "key")
     listed = [[mark[end][name] for end in "ab" for name in ends] + [mark["verdict"]] for mark in marks]
     names = [f"{name}_{end}" for end in "ab" for name in ends]
@@ -171,6 +174,8 @@ def missing(pairs: pl.DataFrame, told: pl.DataFrame, rows: pl.DataFrame, rank: p
 
     rank: keeper order. Of rows with equal bytes those are paired that stand for them (`twins.stand_in`).
     """
+    if told.is_empty():
+        return pairs.clear()
     found = _name(pairs, rows)
     new = told.filter(verdict="copy").join(found, on=["a", "b"], how="anti", maintain_order="left").select("a", "b")
     said = {"class": pl.lit("copy"), "signal": pl.lit(SIGNAL), "orientation": pl.lit("r0")}

@@ -1,6 +1,7 @@
 """Decisions → the finished manifest, and every file of OUT but the report.
 
-In: rows, pairs and decisions of a run. The files are described in docs/architecture.md.
+In: rows, pairs and decisions of a run; what no decision reads is taken from the signatures as it is written. The files
+are described in docs/architecture.md.
 """
 
 import shutil
@@ -8,10 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from dedup import clustering, images, manifest, policy, sources, subjects
 from dedup.options import Options, list_versions, record_options
+from dedup.signatures import LATER, Signatures
+
+DECIDED = {name: kind for name, kind in manifest.SCHEMA.items() if name not in LATER}
 
 
 def is_medical(rows: pl.DataFrame) -> bool:
@@ -19,26 +24,27 @@ def is_medical(rows: pl.DataFrame) -> bool:
 
 
 def decide(rows: pl.DataFrame, pairs: pl.DataFrame, decisions: pl.DataFrame) -> pl.DataFrame:
-    """Rows, pairs and decisions → the finished manifest."""
+    """Rows, pairs and decisions → the finished manifest, columns DECIDED."""
     evidence = _evidence(pairs, decisions)
     joined = pl.concat([pairs.select("a", "b"), subjects.link_rows(rows["subject"])])
     outside = rows["guarded"].gather(decisions["kept_id"]).fill_null(False)  # dropped for a split that is not theirs
+    stars = decisions["cluster_id"].to_numpy()
+    stood_for = np.bincount(decisions["kept_id"].drop_nulls().to_numpy(), minlength=len(rows))
     table = pl.concat([rows, decisions, evidence], how="horizontal").with_columns(
         keep=pl.col("keep") & (pl.col("status") == "ok"),
         component_id=pl.Series(clustering.components(joined, len(rows))),
-        cluster_size=pl.len().over("cluster_id"),
+        cluster_size=pl.Series(np.bincount(stars)[stars]),
         reason=pl.when(outside)
         .then(pl.lit("policy"))
         .when(pl.col("kept_id").is_not_null())
         .then(pl.col("signal").replace("pdq", "hash")),
     )
-    stands = table.group_by("kept_id").agg(dropped=pl.len()).drop_nulls("kept_id")
-    table = table.join(stands, left_on="id", right_on="kept_id", how="left", maintain_order="left").with_columns(
-        represents=pl.when("keep").then(1 + pl.col("dropped").fill_null(0)).otherwise(0),
+    table = table.with_columns(
+        represents=pl.when("keep").then(1 + pl.Series(stood_for)).otherwise(0),
         weight=pl.col("keep").cast(pl.Float64),
     )
     own = table.with_columns(kept_id=pl.when(~outside).then("kept_id"))
-    return manifest.conform(table.with_columns(captions=policy.merge_captions(own)))
+    return manifest.conform(table.with_columns(captions=policy.merge_captions(own)), DECIDED)
 
 
 def _evidence(pairs: pl.DataFrame, decisions: pl.DataFrame) -> pl.DataFrame:
@@ -60,7 +66,7 @@ def write(
     src: Path,
     origin: str,
     shards: list[sources.Shard],
-    sizes: list[int],
+    signatures: Signatures,
     table: pl.DataFrame,
     pairs: pl.DataFrame,
     leaks: pl.DataFrame,
@@ -72,35 +78,44 @@ def write(
 
     about: what else `run.json` tells.
     """
-    manifest.write(out, table)
+    manifest.write(out, table, signatures.take)
     manifest.write_parquet(out / "pairs.parquet", pairs)
-    kept = table.filter("keep")
-    ready = kept.select("id", "source", "shard", "offset", "size", "key", "caption", "captions", "represents", "weight")
+    columns = ["id", "source", "shard", "offset", "size", "key", "caption", "captions", "represents", "weight"]
+    ready = table.select(*columns, "keep").filter("keep").drop("keep")
     manifest.write_parquet(out / "deduplicated.parquet", ready)
-    manifest.write_atomic(out / "deduplicated.jsonl", ready.write_ndjson)
+    manifest.write_atomic(out / "deduplicated.jsonl", lambda path: _write_lines(path, ready))
     place = pl.when(pl.col("shard").is_null()).then("key").otherwise(pl.concat_str("shard", pl.lit(":"), "key"))
-    evidence = table.select("id", "signal", "score", "orientation", row=place)
-    leaking = leaks.rename({"cluster_id": "picture"}).join(evidence, on="id", maintain_order="left").drop("id")
+    evidence = table[leaks["id"]].select("signal", "score", "orientation", row=place)
+    leaking = leaks.rename({"cluster_id": "picture"}).drop("id").hstack(evidence)
     if leaking.is_empty():
         (out / "leakage.csv").unlink(missing_ok=True)
     else:
         manifest.write_atomic(out / "leakage.csv", leaking.write_csv)
-    manifest.write_text(out / "kept.txt", "".join(f"{line}\n" for line in kept.select(place).to_series()))
-    names = table.select(id="id", kept=place)
+    lines = ready.select(place)
+    manifest.write_atomic(
+        out / "kept.txt", lambda path: lines.write_csv(path, include_header=False, quote_style="never")
+    )
     gone = table.filter((pl.col("status") == "ok") & ~pl.col("keep"))
-    dropped = gone.join(names, left_on="kept_id", right_on="id", how="left", maintain_order="left")
-    listing = dropped.select(place.alias("dropped"), "kept", "reason", "signal", "score", "orientation")
+    kept = pl.DataFrame([table[name].gather(gone["kept_id"]) for name in ("shard", "key")]).select(kept=place)
+    listing = gone.select(place.alias("dropped"), kept["kept"], "reason", "signal", "score", "orientation")
     manifest.write_atomic(out / "dropped.csv", listing.write_csv)
     if (src / "plant.parquet").exists():
         shutil.copyfile(src / "plant.parquet", out / "plant.parquet")
     run: dict[str, Any] = {"src": str(src), "origin": origin}
     run |= {"options": record_options(options), "versions": list_versions()}
     layouts = [asdict(layout) for layout in dict.fromkeys(shard.layout for shard in shards)]
-    run |= {"layouts": layouts, "source": [shard.fingerprint for shard in shards], "shard_rows": sizes}
+    run |= {"layouts": layouts, "source": [shard.fingerprint for shard in shards], "shard_rows": signatures.sizes}
     medical = options.layout.subject_column is not None or is_medical(table)
     run |= about | {"medical": medical, "counts": counts}
     manifest.write_json(out / "run.json", run)
     return run
+
+
+def _write_lines(path: Path, frame: pl.DataFrame) -> None:
+    """As JSON, part by part: polars would have all of the text in memory before it writes any."""
+    with path.open("wb") as file:
+        for part in frame.iter_slices(manifest.ROWS_PER_FILE):
+            part.write_ndjson(file)
 
 
 def count(table: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, Any]:
@@ -117,6 +132,6 @@ def count(table: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, Any]:
         "pairs": dict(sorted(pairs["class"].value_counts().iter_rows())),
         "bytes": int(table["size"].sum()),
         "bytes_dropped": int(dropped["size"].sum()),
-        "without_caption": int(table.filter(~policy.has_caption())["id"].len()),
+        "without_caption": int(table.select((~policy.has_caption()).sum()).item()),
         "captions": policy.count_captions(table),
     }

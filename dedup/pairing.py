@@ -4,38 +4,53 @@ Rows with many partners have the first ones in keeper order only; in another ord
 again. Knows nothing of what a pair turns out to be.
 """
 
-import numpy as np
+from dataclasses import dataclass
+
 import polars as pl
 
-from dedup import clustering, search, verify
+from dedup import clustering, engine, search, verify
+from dedup.signatures import Signatures
 
 
-def find_candidates(rows: pl.DataFrame, level: str, jobs: int) -> pl.DataFrame:
+@dataclass(frozen=True, slots=True)
+class Near:
+    """Who looks for near codes, and in how many bytes of memory."""
+
+    signatures: Signatures
+    workers: engine.Workers
+    memory: int
+
+    def find(self, ids: pl.Series) -> pl.DataFrame:
+        """Pairs of these rows, which come in keeper order, by their hash."""
+        if len(ids) <= search.IN_MEMORY:
+            found = search.join_hamming(self.signatures.read_codes(ids), jobs=self.workers.jobs)
+        else:
+            folder = self.signatures.folder.parent / "codes"
+            self.signatures.write_codes(ids, folder / "codes.npy")
+            found = search.join_stored(folder, self.workers, self.memory)
+        return found.with_columns(
+            ids.gather(found["i"]).alias("i"), ids.gather(found["j"]).alias("j"), signal=pl.lit("pdq")
+        )
+
+
+def find_candidates(rows: pl.DataFrame, level: str, near: Near) -> pl.DataFrame:
     """Pairs of ids i, j (i before j in keeper order): signal "bytes" or "pdq", orientation number (j → i), hamming.
 
     Only the first of the rows with equal bytes is searched for; the others pair with it and share its fate.
     """
-    ordered = rows.filter(pl.col("status") == "ok").sort("rank")
-    first = ordered.group_by("sha256", maintain_order=True).agg(i=pl.col("id").first())
-    equal = ordered.join(first, on="sha256").filter(pl.col("id") != pl.col("i")).select("i", j="id")
+    ordered = rows.select("id", "sha256", "status", "pdq_quality", "rank").filter(pl.col("status") == "ok").sort("rank")
+    is_first = ordered["sha256"].is_first_distinct()
+    first, others = ordered.filter(is_first), ordered.filter(~is_first)
+    equal = others.join(first.select("sha256", i="id"), on="sha256").select("i", j="id")
     upright = {"orientation": pl.lit(0, pl.Int32), "hamming": pl.lit(None, pl.Int32)}
     equal_bytes = equal.with_columns(**upright, signal=pl.lit("bytes"))
     if level == "exact":
         return equal_bytes
-    distinct = ordered.join(first, left_on="id", right_on="i", how="semi", maintain_order="left")
-    return pl.concat([equal_bytes, _find_near(distinct.filter(pl.col("pdq_quality") >= verify.MIN_QUALITY), jobs)])
+    textured = first.filter(pl.col("pdq_quality") >= verify.MIN_QUALITY)["id"]
+    return pl.concat([equal_bytes, near.find(textured)])
 
 
-def _find_near(ordered: pl.DataFrame, jobs: int) -> pl.DataFrame:
-    """Pairs of rows (id, pdq_d4) in keeper order, by their hash."""
-    codes = np.frombuffer(b"".join(ordered["pdq_d4"]), np.uint8).reshape(-1, 8, 32)
-    found, ids = search.join_hamming(codes, jobs=jobs), ordered["id"]
-    return found.with_columns(
-        ids.gather(found["i"]).alias("i"), ids.gather(found["j"]).alias("j"), signal=pl.lit("pdq")
-    )
-
-
-def find_in_crowds(rows: pl.DataFrame, candidates: pl.DataFrame, jobs: int) -> pl.DataFrame:
+def find_in_crowds(rows: pl.DataFrame, candidates: pl.DataFrame, search_near: Near) -> pl.DataFrame:
     """More candidates, if `rows` come in another order, or by scope, than when these were found.
 
     A row that has as many partners as the search keeps has the first ones in keeper order. So crowds are searched
@@ -45,12 +60,12 @@ def find_in_crowds(rows: pl.DataFrame, candidates: pl.DataFrame, jobs: int) -> p
     joined = pl.Series(clustering.components(near.select(a="i", b="j"), len(rows)))
     crowds = joined.gather(_list_at_limit(candidates)).unique()
     ids = pl.concat([near["i"], near["j"]]).unique().sort()
-    crowd = rows[ids.filter(joined.gather(ids).is_in(crowds.implode())).to_list()]
+    crowd = rows.select("id", "sha256")[ids.filter(joined.gather(ids).is_in(crowds.implode()))]
     stands = rows.filter(pl.col("status") == "ok").group_by("sha256", "scope").agg(pl.col("rank").min())
-    stands = crowd.select("id", "sha256", "pdq_d4").join(stands, on="sha256").sort("rank")
+    stands = crowd.join(stands, on="sha256").sort("rank")
     whole = stands.unique("id", keep="first", maintain_order=True)
     groups = [whole, *(part for _, part in stands.group_by("scope", maintain_order=True))] if len(crowd) else []
-    found = pl.concat([near.clear(), *(_find_near(part, jobs) for part in groups)])
+    found = pl.concat([near.clear(), *(search_near.find(part["id"]) for part in groups)])
     low, high = pl.min_horizontal("i", "j"), pl.max_horizontal("i", "j")
     known = near.select(low=low, high=high)
     more = found.with_columns(low=low, high=high).unique(["low", "high"], keep="first", maintain_order=True)

@@ -25,6 +25,7 @@ from dedup import (
     judge,
     manifest,
     marks,
+    memory,
     outputs,
     pairing,
     policy,
@@ -36,6 +37,7 @@ from dedup import (
 from dedup import base as bases
 from dedup.options import Options, OptionsError, check, list_versions, lock, prepare, record_options, stamp
 from dedup.reader import Reader
+from dedup.signatures import Signatures
 from dedup.verdicts import Verdicts
 
 
@@ -50,13 +52,15 @@ def deduplicate(
     understood: bool = False,
     transfer: sources.Transfer | None = None,
     decisions: Path | None = None,
+    memory_budget: int | None = None,
 ) -> dict:
     """Deduplicate SRC into OUT and return the content of `run.json`.
 
     jobs: worker processes, 0 = one per processor. address: of a Ray cluster that does the work (`cluster.start`).
     subject_key: a file; None = OUT has one of its own. understood: medical pictures may be read. transfer: how SRC
     comes here; a list of addresses by default into OUT/download. decisions: a file of marks (`marks.read_marks`), which
-    OUT remembers with earlier ones.
+    OUT remembers with earlier ones. memory_budget: bytes that searches may take beside the tables; None = a share of
+    the machine's.
     Raises SourceError, OutputError, OptionsError, SubjectError, MarksError, ClusterError or OSError.
     """
     given = marks.read_marks(decisions)["decisions"] if decisions else []
@@ -86,7 +90,8 @@ def deduplicate(
             decode = fingerprint.DecodeOptions(options.max_pixels, options.max_frames, options.hash_decode, key)
             work = prepare(out, src, shards, options, key)
             known = None if base is None else bases.take_over(base, shards, stamp(shards, key), work / "signatures")
-            rows, sizes = _fingerprint(src, shards, work / "signatures", decode, known, workers, understood)
+            signatures = _fingerprint(src, shards, work / "signatures", decode, known, workers, understood)
+            rows = signatures.read()
         if rows.is_empty():
             raise sources.SourceError(f"{src}: its shards hold no samples")
         rows = rows.with_columns(published=pl.lit(False) if base is None else bases.find_published(base, rows))
@@ -97,12 +102,13 @@ def deduplicate(
         remembered = marks.remember(out, given, None if base is None else base.out)
         said, of_marks = marks.resolve(remembered, rows)
         with engine.timed(seconds, "search"):
-            candidates = pairing.find_candidates(rows, options.level, workers.jobs)
-            more = [] if is_usual else [pairing.find_in_crowds(chosen, candidates, workers.jobs)]
+            search = pairing.Near(signatures, workers, memory_budget or memory.default_budget())
+            candidates = pairing.find_candidates(rows, options.level, search)
+            more = [] if is_usual else [pairing.find_in_crowds(chosen, candidates, search)]
         reader = Reader(src, work, decode, workers, Verdicts(work / "verdicts", bases.list_verdicts(base)))
         with engine.timed(seconds, "verify"):
             near = pl.concat([candidates, *more])
-            rows, pairs = judge.accept_pairs(rows, near, reader, flat=options.level != "exact")
+            rows, pairs = judge.accept_pairs(rows, near, reader, signatures, flat=options.level != "exact")
         chosen = rows.with_columns(chosen.select("rank", "scope", "guarded"))
         weights = options.weights, options.weights_sha256
         search_copies = copies.CopySearch(chosen, reader, out, options.encoder, weights, options.max_false_pairs)
@@ -130,7 +136,8 @@ def deduplicate(
         if others:
             with engine.timed(seconds, "against"):
                 searched = {} if copy_search is None or copy_search.near is None else copy_search.describe(pairs)
-                rows_in = against.Dataset(table, reader, out, record_options(options), searched, stamp(shards, key))
+                hashed = table.hstack(signatures.take(table["id"]))  # all that one looks up in is in memory
+                rows_in = against.Dataset(hashed, reader, out, record_options(options), searched, stamp(shards, key))
                 found, told = against.find(others, rows_in)
                 table = against.drop(table, found, search_copies.stars)
         with engine.timed(seconds, "write"):
@@ -150,7 +157,7 @@ def deduplicate(
             against.write(out, found if others else None)
             if table["subject"].count():
                 counts["subjects"] = subjects.count(table, pairs)
-            run = outputs.write(out, src, origin, shards, sizes, table, pairs, leaks, options, counts, about)
+            run = outputs.write(out, src, origin, shards, signatures, table, pairs, leaks, options, counts, about)
         reader.verdicts.forget()
         search_copies.forget()
         seconds |= search_copies.seconds  # parts of "decide"
@@ -191,27 +198,26 @@ def _fingerprint(
     known: Path | None,
     workers: engine.Workers,
     understood: bool,
-) -> tuple[pl.DataFrame, list[int]]:
-    """Signatures of all shards, rows in input order with their ids; how many rows each shard has.
-
-    Raises SubjectError after the first shard with medical pictures, unless that is understood.
-    """
+) -> Signatures:
+    """Of all shards. Raises SubjectError after the first one with medical pictures, unless that is understood."""
+    sizes = []
     tasks = [(shard, index, work, decode, known) for index, shard in enumerate(shards)]
     with tqdm(desc="fingerprint", unit=" images", file=sys.stderr, disable=None) as bar:
         for index, (rows, unreadable) in enumerate(workers.run(fingerprint.fingerprint_shard, tasks)):
             formats = pl.read_parquet(work / f"{index:05d}.parquet", columns=["format"])
             if not understood and outputs.is_medical(formats):
                 raise subjects.refuse(src, "medical pictures (DICOM)")
+            sizes.append(rows)
             bar.update(rows)
             if unreadable:
                 bar.set_postfix_str(f"{unreadable} unreadable in the last shard")
-    frames = [pl.read_parquet(work / f"{index:05d}.parquet") for index in range(len(shards))]
-    table = pl.concat(frames, how="diagonal").with_row_index("id").with_columns(pl.col("id").cast(pl.Int64))
-    return table, [len(frame) for frame in frames]
+    return Signatures(work, sizes)
 
 
 def apply_policies(rows: pl.DataFrame, prefer: Sequence[str], options: Options) -> pl.DataFrame:
-    """Rows with `rank`, `scope` and `guarded` as the options have them. Raises PolicyError for unknown names."""
+    """Rows with their usual rank → `rank`, `scope` and `guarded` as the options have them. Raises PolicyError."""
     policy.check_names(rows, prefer, options.against_split)
     rows = rows.with_columns(scopes.name_scopes(rows, options.per, options.against_split).get_columns())
+    if not prefer and not rows["guarded"].any():
+        return rows  # their rank is the usual one
     return rows.with_columns(rank=policy.keeper_rank(rows, prefer=prefer))

@@ -92,17 +92,25 @@ def keeper_rank(
         kind, _, value = name.partition(":")
         if kind in NAMED:
             keys[name] = [(scopes.SPLIT if kind == "split" else pl.col("source")).ne_missing(value)]
-    order = rows.with_row_index("row").sort(
-        pl.col("status") != "ok",
-        *(~pl.col(name) for name in ("guarded", "published") if name in rows.columns),
-        *(key for name in dict.fromkeys((*prefer, *DEFAULT)) for key in keys[name]),
-        pl.col("sha256").fill_null(""),
-        "link",
-        "key",
-        "row",
-    )["row"]
-    rank = pl.DataFrame({"row": order, "rank": pl.int_range(len(order), eager=True)}).sort("row")
-    return rank["rank"]
+    order = (
+        rows.with_row_index("row")
+        .select(
+            pl.arg_sort_by(
+                pl.col("status") != "ok",
+                *(~pl.col(name) for name in ("guarded", "published") if name in rows.columns),
+                *(key for name in dict.fromkeys((*prefer, *DEFAULT)) for key in keys[name]),
+                pl.col("sha256").fill_null(""),
+                "link",
+                "key",
+                "row",
+            )
+        )
+        .to_series()
+        .to_numpy()
+    )
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    return pl.Series("rank", rank)
 
 
 def count_partners(pairs: pl.DataFrame, n: int, prefer: Sequence[str] = ()) -> pl.Series:
@@ -125,20 +133,17 @@ def merge_captions(rows: pl.DataFrame) -> pl.Series:
 
     rows: id, caption, keep, kept_id, in input order.
     """
-    stands = rows.select(
-        owner=pl.when("keep").then("id").otherwise("kept_id"),
-        own=~pl.col("keep"),
-        id="id",
-        caption=pl.when(has_caption()).then("caption"),
-    ).drop_nulls("owner")
+    owner = pl.when("keep").then("id").otherwise("kept_id")
+    told = rows.select("id", "keep", owner=owner, caption=pl.when(has_caption()).then("caption"))
+    several = told.drop_nulls("owner").filter(scopes.stands_again("owner"))
     lists = (
-        stands.sort("owner", "own", "id")
+        several.sort("owner", ~pl.col("keep"), "id")
         .group_by("owner", maintain_order=True)
         .agg(captions=pl.col("caption").drop_nulls().unique(maintain_order=True))
     )
-    return rows.select(id="id").join(lists, left_on="id", right_on="owner", how="left", maintain_order="left")[
-        "captions"
-    ]
+    lists = told.select("id").join(lists, left_on="id", right_on="owner", how="left", maintain_order="left")
+    own = pl.concat_list("caption").list.drop_nulls()
+    return told.select(captions=pl.coalesce(lists["captions"], pl.when("keep").then(own))).to_series()
 
 
 def repeated_captions(rows: pl.DataFrame) -> dict[str, pl.DataFrame]:
@@ -147,7 +152,9 @@ def repeated_captions(rows: pl.DataFrame) -> dict[str, pl.DataFrame]:
     rows: cluster_id, caption, status. A picture is a group of copies; a missing caption repeats nothing.
     """
     text = pl.col("caption").str.strip_chars()
-    said = rows.filter((pl.col("status") == "ok") & has_caption()).select("cluster_id", caption=text)
+    said = rows.select("cluster_id", "status", "caption").filter((pl.col("status") == "ok") & has_caption())
+    said = said.select("cluster_id", caption=text)  # what stands once in either column repeats nothing
+    said = said.filter(scopes.stands_again("cluster_id") | scopes.stands_again("caption"))
     count = pl.len().cast(pl.Int64).alias("count")
     both = said.group_by("cluster_id", "caption").agg(count)
     usual = pl.col("caption").sort_by(-pl.col("count"), "caption").first()

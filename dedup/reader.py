@@ -20,6 +20,7 @@ from dedup.verdicts import Verdicts
 
 ROWS = 64  # of a file of thumbnails
 ITEMS = 16  # rows or pairs of another task: these take milliseconds each, and all workers should have some
+TASKS = 1_024  # that wait for workers at a time: each holds the places of its rows
 REMEMBERED = 2_048  # results that are lost at most when the run is killed
 
 
@@ -88,11 +89,11 @@ class Reader:
         names = [hashing.digest("".join(part["sha256"]).encode())[:20] for part in parts]
         paths = [self.work / folder / f"{name}.npy" for name in names]
         places = [[] if known is None else [[known.get(sha256) for sha256 in part["sha256"]]] for part in parts]
-        tasks = [
-            (self.src, part.rows(), path, self.decode, *more, *place)
-            for part, path, place in zip(parts, paths, places, strict=True)
-        ]
-        list(self.workers.run(function, tasks, gpu=gpu))
+        wanted = list(zip(parts, paths, places, strict=True))
+        for start in range(0, len(wanted), TASKS):
+            those = wanted[start : start + TASKS]
+            tasks = [(self.src, part.rows(), path, self.decode, *more, *place) for part, path, place in those]
+            list(self.workers.run(function, tasks, gpu=gpu))
         for stale in set((self.work / folder).glob("*.npy")) - set(paths):
             stale.unlink()
         return paths

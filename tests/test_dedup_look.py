@@ -22,7 +22,7 @@ def row(tmp_path: Path) -> tuple:
 def test_what_is_read_again(tmp_path: Path, row: tuple) -> None:
     pixels = images.decode((tmp_path / "a.png").read_bytes()).pixels
     assert look.digest_pixels(tmp_path, [row], DecodeOptions()) == [hashing.pixel_digest(pixels)]
-    spectra = look.measure_detail(tmp_path, [row, row], DecodeOptions())
+    spectra = list(map(look.read_spectrum, look.measure_detail(tmp_path, [row, row], DecodeOptions())))
     np.testing.assert_array_equal(spectra, [detail.power_spectrum(pixels)] * 2)
     look.make_thumbnails(tmp_path, [row] * 3, tmp_path / "0.npy", DecodeOptions())
     thumbnails = look.Thumbnails(np.array([4, 5, 9]), [tmp_path / "0.npy"], 3)

@@ -1,0 +1,451 @@
+"""Time and memory of deduplication at scale: made-up signatures to manifest, real pictures, engines, and kills.
+
+    python benchmarks/scale.py rows --work DIR [--sizes 100000,1000000,10000000] [--memory-budget 4GB]
+    python benchmarks/scale.py images --work DIR --photos DIR [--pictures 100000]
+    python benchmarks/scale.py engines --work DIR --photos DIR [--pictures 100000]
+    python benchmarks/scale.py kills --work DIR --photos DIR [--times 20]
+
+`rows`: signatures of pictures that do not exist, in files of 10,000, through `dedup --level hash` from there to the
+manifest. 1 % of the rows are copies, byte for byte, of others; 1 % have a code within 31 bits of another one's, in a
+random orientation; a tenth is one chain, each link 28 bits or less from the next. **No picture is read**: a stand-in
+answers for the second reading, and confirms every candidate. All planted pairs must be found. Each size is a process of
+its own, the exponent that of time between neighbouring sizes; memory is the largest sum of proportional set sizes over
+the process tree, sampled.
+`images`: JPEGs of 256 pixels, blends of two photographs, a twentieth of them copies of others, in tars of 1,000,
+through `dedup --level hash` by one process and by two. `engines`: the same by two local processes and by Ray.
+`kills`: a few such pictures in tars of 50; the run is killed (SIGKILL) at a random moment and started again.
+"""
+
+import base64
+import io
+import itertools
+import json
+import math
+import resource
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+from unittest import mock
+
+import cv2
+import numpy as np
+import polars as pl
+import psutil
+import typer
+
+from dedup import (
+    bands,
+    detail,
+    engine,
+    fingerprint,
+    hamming,
+    look,
+    manifest,
+    memory,
+    options,
+    pipeline,
+    search,
+    sources,
+    subjects,
+    vectors,
+)
+from dedup.fingerprint import fingerprint_shard
+
+app = typer.Typer()
+PER_FILE = 10_000
+PLANTED = 100  # one row in so many is a copy of the bytes, one in so many a near code
+CHAIN = 10  # one row in so many is a link
+FLAT = base64.b64encode(np.ones(detail.SEGMENT // 2 + 1, np.float32).tobytes()).decode()  # a spectrum
+SIZES = np.array([(640, 480), (512, 512), (1024, 768), (512, 384)])
+Work = Annotated[Path, typer.Option(help="Folder for what is made.")]
+Photos = Annotated[Path, typer.Option(help="Folder of photographs that are blended.")]
+Pictures = Annotated[int, typer.Option(help="So many are made.")]
+Jobs = Annotated[int, typer.Option(help="Processes.")]
+
+
+# Signatures without pictures
+
+
+def flip(codes: np.ndarray, flips: np.ndarray | int, rng: np.random.Generator) -> np.ndarray:
+    """uint8 (n, 32) with at most so many bits flipped, of each row."""
+    flipped = codes.copy()
+    for time_ in range(int(np.max(flips))):
+        place = rng.integers(0, 256, len(codes))
+        bit = np.where(time_ < flips, 1 << (place & 7), 0).astype(np.uint8)
+        flipped[np.arange(len(codes)), place >> 3] ^= bit
+    return flipped
+
+
+class Planted:
+    """What stands in which row: rows int64 of each kind, and codes uint8 for them."""
+
+    def __init__(self, n: int) -> None:
+        rng = np.random.default_rng(n)
+        order, pairs = rng.permutation(n), n // PLANTED
+        self.bytes, self.near, self.chain = np.split(order[: 4 * pairs + n // CHAIN], [2 * pairs, 4 * pairs])
+        self.turn = rng.integers(0, 8, pairs)  # what turns the second of two near rows into the first
+        self.near_codes = rng.integers(0, 256, (2, pairs, 32), dtype=np.uint8)  # upright
+        self.flipped = np.array([flip(codes, rng.integers(0, 32, pairs), rng) for codes in self.near_codes])
+        self.flipped[1, self.turn == 0] = self.near_codes[0, self.turn == 0]
+        step = flip(np.zeros((len(self.chain), 32), np.uint8), 28, rng)
+        self.links = np.bitwise_xor.accumulate(step, axis=0)
+
+    def pairs(self) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """Kind, and the rows a and b of its pairs."""
+        yield "bytes", *np.split(self.bytes, 2)
+        yield "near", *np.split(self.near, 2)
+        yield "chain", self.chain[:-1], self.chain[1:]
+
+    def write(self, work: Path, n: int) -> None:
+        """`work/00000.parquet` …, as `fingerprint` writes them."""
+        kinds = (self.bytes, self.near, self.chain)
+        of_row = np.full((2, n), -1, np.int32)
+        for kind, rows in enumerate(kinds):
+            of_row[0, rows], of_row[1, rows] = kind, np.arange(len(rows))
+        for number, start in enumerate(range(0, n, PER_FILE)):
+            part = of_row[:, start : start + PER_FILE]
+            frame = self._make(np.random.default_rng([n, number]), *part, start)
+            manifest.write_atomic(work / f"{number:05d}.parquet", frame.write_parquet)
+
+    def _make(self, rng: np.random.Generator, kind: np.ndarray, place: np.ndarray, start: int) -> pl.DataFrame:
+        count = len(kind)
+        codes = rng.integers(0, 256, (count, 8, 32), dtype=np.uint8)
+        digests, size = rng.integers(0, 256, (count, 32), dtype=np.uint8), rng.integers(9_000, 90_000, count)
+        shape = rng.integers(0, len(SIZES), count)
+        for row in np.flatnonzero(kind == 0):  # both from the same numbers
+            own = np.random.default_rng([len(self.bytes), place[row] % (len(self.bytes) // 2)])
+            codes[row], digests[row] = own.integers(0, 256, (8, 32)), own.integers(0, 256, 32)
+            size[row], shape[row] = own.integers(9_000, 90_000), own.integers(0, len(SIZES))
+        near, pairs = kind == 1, len(self.turn)
+        for end in (0, 1):  # each shows upright what the other shows turned, but for some bits
+            own = near & (place // pairs == end)
+            number = place[own] % pairs
+            turn = self.turn[number] if end else hamming.INVERSE[self.turn[number]]
+            codes[own, 0] = self.near_codes[end, number]
+            codes[own, turn] = self.flipped[1 - end, number]
+        codes[kind == 2, 0] = self.links[place[kind == 2]]
+        text = [f"a picture of number {number}, seen from afar" for number in rng.integers(0, 100_000_000, count)]
+        hashes = [f"{number:016x}" for number in codes[:, 0, :8].copy().view(np.uint64).ravel().tolist()]
+        frame = pl.DataFrame({"key": [f"{start + row:09d}" for row in range(count)], "caption": text})
+        frame = frame.with_columns(
+            shard=pl.lit(f"{start // PER_FILE:05d}.tar"),
+            source=pl.lit("shards"),
+            offset=pl.int_range(pl.len()) * 100_000,
+            size=pl.Series(size),
+            width=pl.Series(SIZES[shape, 0]),
+            height=pl.Series(SIZES[shape, 1]),
+            format=pl.lit("JPEG"),
+            status=pl.lit("ok"),
+            sha256=pl.Series([digest.tobytes().hex() for digest in digests]),
+            phash=pl.Series(hashes),
+            dhash=pl.Series(hashes),
+            pdq=pl.Series([code.tobytes().hex() for code in codes[:, 0]]),
+            pdq_d4=pl.Series([code.tobytes() for code in codes]),
+            pdq_quality=pl.lit(100),
+        )
+        schema = {name: manifest.SCHEMA[name] for name in fingerprint.COLUMNS}
+        return manifest.conform(frame, schema).with_columns(link=pl.lit(False))
+
+
+RUN = engine.Workers.run
+
+
+def stand_in[T](
+    workers: engine.Workers, function: Callable[..., T], tasks: Iterable[tuple], **more: Any
+) -> Iterator[T]:
+    """`engine.Workers.run`, but for the second reading: every candidate holds, none holds less than its pixels."""
+    answers: dict[str, Callable[..., Any]] = {
+        "make_thumbnails": _save_thumbnails,
+        "confirm_pairs": lambda src, pairs, options: [True] * len(pairs),
+        "digest_pixels": lambda src, rows, options: [row[-1] for row in rows],
+        "measure_detail": lambda src, rows, options: [FLAT] * len(rows),
+    }
+    answer = answers.get(function.__name__)
+    return RUN(workers, function, tasks, **more) if answer is None else (answer(*task) for task in tasks)
+
+
+def _save_thumbnails(src: Path, rows: list[tuple], path: Path, options: fingerprint.DecodeOptions) -> None:
+    if not path.exists():
+        vectors.save(path, np.zeros((len(rows), look.THUMBNAIL, look.THUMBNAIL, 3), np.uint8))
+
+
+@app.command(hidden=True)
+def make_rows(n: int, src: Path, out: Path) -> None:
+    """SRC: empty shards. OUT: signatures of what they might hold."""
+    src.mkdir(parents=True)
+    for number in range(-(-n // PER_FILE)):
+        (src / f"{number:05d}.tar").touch()
+    shards = sources.list_shards(src)
+    (out / ".work").mkdir(parents=True)
+    key = subjects.choose_key(out / ".work", None, None)
+    chosen = options.Options(level="hash", per="none")
+    work = options.prepare(out, src.resolve(), shards, chosen, key)
+    Planted(n).write(work / "signatures", n)
+
+
+@app.command(hidden=True)
+def one(src: Path, out: Path, jobs: int, budget: int) -> None:
+    """Deduplicate what `make_rows` made."""
+    chosen = options.Options(level="hash", per="none")
+    with mock.patch.object(engine.Workers, "run", stand_in):
+        pipeline.deduplicate(src, out, chosen, jobs=jobs, memory_budget=budget)
+
+
+def check(n: int, out: Path) -> str:
+    """What was planted and is not among the pairs, or in another component."""
+    planted, pairs = Planted(n), pl.read_parquet(out / "pairs.parquet", columns=["a", "b", "class"])
+    component = manifest.read(out, ["component_id"])["component_id"]
+    missed = []
+    for kind, a, b in planted.pairs():
+        table = pl.DataFrame({"a": np.minimum(a, b), "b": np.maximum(a, b)})
+        absent = table.join(pairs.filter(pl.col("class") == "copy"), on=["a", "b"], how="anti")
+        apart = (component.gather(a) != component.gather(b)).sum()
+        missed.append(f"{len(absent)} + {apart} of {len(table):,} {kind}")
+    return ", ".join(missed)
+
+
+def measure(command: list[str]) -> tuple[float, float, float]:
+    """Wall and processor seconds, and the peak of the tree in GB."""
+    start, before, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN), 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        tree = psutil.Process(process.pid)
+        while process.poll() is None:
+            try:
+                members = [tree, *tree.children(recursive=True)]
+                peak = max(peak, sum(p.memory_full_info().pss for p in members))
+            except psutil.Error:  # a process ended while it was looked at
+                pass
+            time.sleep(0.2)
+    if process.returncode:
+        raise RuntimeError(f"{command}: exit code {process.returncode}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.perf_counter() - start, processor, peak / 1e9
+
+
+@app.command()
+def rows(
+    work: Work,
+    sizes: Annotated[str, typer.Option(help="Numbers of rows.")] = "100000,1000000",
+    jobs: Jobs = 2,
+    memory_budget: Annotated[str, typer.Option(help="Of the search.")] = "4GB",
+) -> None:
+    """Signature rows → manifest."""
+    budget = str(memory.parse_size(memory_budget))
+    stages = ("fingerprint", "search", "verify", "decide", "write")
+    print(f"| rows | {' | '.join(stages)} | seconds | CPU s | exponent of CPU s | peak GB | missed |")
+    print("|---:|" + "---:|" * (len(stages) + 4) + "---|")
+    last = None
+    for n in map(int, sizes.split(",")):
+        src, out = work / f"shards-{n}" / "shards", work / f"shards-{n}" / "out"
+        if not src.exists():
+            subprocess.run([sys.executable, __file__, "make-rows", str(n), str(src), str(out)], check=True)
+        seconds, processor, peak = measure([sys.executable, __file__, "one", str(src), str(out), str(jobs), budget])
+        timings = json.loads((out / "timings.json").read_text())
+        exponent = f"{math.log(processor / last[1]) / math.log(n / last[0]):.2f}" if last else ""
+        last = n, processor
+        each = " | ".join(f"{timings[stage]:.1f}" for stage in stages)
+        told = f"{seconds:.1f} | {processor:.1f} | {exponent} | {peak:.2f} | {check(n, out)}"
+        print(f"| {n:,} | {each} | {told} |", flush=True)
+
+
+# By arithmetic
+
+
+@app.command()
+def plan(
+    sizes: Annotated[str, typer.Option(help="Numbers of rows.")] = "1e7,4e8,2e9",
+    block: Annotated[float, typer.Option(help="Rows of a block of the join.")] = 1e8,
+    hashed: Annotated[
+        float, typer.Option(help="Images that a core fingerprints in a second: measured by `images`.")
+    ] = 0,
+    table: Annotated[float, typer.Option(help="Bytes a row in the first process: measured by `rows`.")] = 0,
+    decided: Annotated[float, typer.Option(help="Its seconds for a million rows: measured by `rows`.")] = 0,
+    picture: Annotated[float, typer.Option(help="Bytes of an image.")] = 20_000,
+) -> None:
+    """What larger datasets would take; the cost of comparing two blocks is measured here and now."""
+    codes = np.random.default_rng(0).integers(0, 2**64, (200_000, 8, 4), np.uint64)
+    upright = np.ascontiguousarray(codes[:, 0])
+    bands.join_block(upright[:2_000], 0, codes[:2_000], 2_000, search.RADIUS, search.LIMIT)  # load the compiled code
+    start = time.process_time()
+    bands.join_block(upright, 0, codes, len(codes), search.RADIUS, search.LIMIT)
+    layout = bands.choose_bands(len(codes), search.RADIUS)
+    unit = (time.process_time() - start) / (8 * len(codes) * bands.estimate_work(layout, len(codes)))
+    print(f"One unit of `bands.estimate_work` is {unit * 1e9:.2f} ns.\n\n| | {sizes.replace(',', ' | ')} |")
+    columns = []
+    for n in map(float, sizes.split(",")):
+        layouts = [bands.choose_bands(int(size), search.RADIUS) for size in (n, min(n, block))]
+        compared = [_count_compared(layout, n) for layout in layouts]
+        # half of all pairs of blocks hold no earlier rows
+        join = 8 * n * unit * max(1.0, n / block / 2 + 0.5) * bands.estimate_work(layouts[1], min(n, block)) / 3600
+        columns.append(
+            {
+                "fingerprint, core hours": n / hashed / 3600 if hashed else math.nan,
+                "images that are read once, TB": n * picture / 1e12,
+                "signature files, GB": n * 450 / 1e9,
+                "file of codes, GB": n * 256 / 1e9,
+                "join, core hours": join,
+                "codes that a query is compared with, in one index": compared[0],
+                "the same in blocks": compared[1],
+                "keys that a row would be sent to": 8 * _count_buckets(layouts[0]),
+                "memory of a worker of the join, GB": min(n, block) * 60 / 1e9,
+                "tables in the first process, GB": n * table / 1e9,
+                "deciding there, hours": n / 1e6 * decided / 3600,
+            }
+        )
+    print("|---|" + "---:|" * len(columns))
+    for name in columns[0]:
+        print(f"| {name} | {' | '.join(f'{column[name]:,.1f}' for column in columns)} |")
+
+
+def _count_buckets(layout: list[tuple[int, int, int]]) -> int:
+    return sum(math.comb(width, flips) for _, width, most in layout for flips in range(most + 1))
+
+
+def _count_compared(layout: list[tuple[int, int, int]], n: float) -> float:
+    return sum(_count_buckets([band]) * n / 2 ** band[1] for band in layout)
+
+
+# Real pictures
+
+
+def make_pictures(photos: Path, folder: Path, count: int, each: int = 1_000) -> Path:
+    """JPEGs of 256 pixels in tars: blends of crops of two photographs; one in twenty is one of these again."""
+    if (folder / "done").exists():
+        return folder / "shards"
+    (folder / "shards").mkdir(parents=True)
+    files = sorted(path for path in photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    pool = [
+        picture for path in files if (picture := cv2.imread(str(path))) is not None and min(picture.shape[:2]) > 160
+    ]
+    rng, earlier = np.random.default_rng(count), list[np.ndarray]()
+    for number, start in enumerate(range(0, count, each)):
+        with tarfile.open(folder / "shards" / f"{number:05d}.tar", "w") as archive:
+            for row in range(start, min(start + each, count)):
+                is_copy = earlier and rng.random() < 1 / 20
+                picture = earlier[rng.integers(len(earlier))] if is_copy else _blend(pool, rng)
+                earlier = [*earlier[-200:], picture]
+                data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(80, 96))])[1].tobytes()
+                for name, content in ((f"{row:09d}.jpg", data), (f"{row:09d}.txt", b"a picture")):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    (folder / "done").touch()
+    return folder / "shards"
+
+
+def _blend(pool: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    crops = []
+    for picture in (pool[k] for k in rng.choice(len(pool), 2, replace=False)):
+        side = int(rng.integers(128, min(picture.shape[:2])))
+        y, x = (int(rng.integers(0, length - side + 1)) for length in picture.shape[:2])
+        crops.append(cv2.resize(picture[y : y + side, x : x + side], (256, 256), interpolation=cv2.INTER_AREA))
+    return cv2.addWeighted(crops[0], 0.5, crops[1], 0.5, 0)
+
+
+def _command(src: Path, out: Path, jobs: int, *more: str) -> list[str]:
+    program = str(Path(sys.executable).parent / "unmemorize")
+    chosen = ["--level", "hash", "--jobs", str(jobs), "--no-report", *more]
+    return [program, "dedup", str(src), "-o", str(out), *chosen]
+
+
+def _time_runs(src: Path, work: Path, count: int, runs: dict[str, list[str]], repeats: int) -> dict[str, list[float]]:
+    """A line of the table for each run, by turns; seconds of each."""
+    print(
+        "| run | seconds | CPU s | images/s | fingerprint alone, images/s | peak GB |\n|---|---:|---:|---:|---:|---:|"
+    )
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _, (name, arguments) in itertools.product(range(repeats), runs.items()):
+        out = work / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        taken, processor, peak = measure(_command(src, out, *arguments))
+        seconds[name].append(taken)
+        hashing = json.loads((out / "timings.json").read_text())["fingerprint"]
+        told = f"{taken:.1f} | {processor:.1f} | {count / taken:.0f} | {count / hashing:.0f} | {peak:.2f}"
+        print(f"| {name} | {told} |", flush=True)
+    return seconds
+
+
+@app.command()
+def images(work: Work, photos: Photos, pictures: Pictures = 100_000, repeats: int = 1) -> None:
+    """Images a second by one process and by two."""
+    src = make_pictures(photos, work / f"pictures-{pictures}", pictures)
+    seconds = _time_runs(src, work, pictures, {"1 process": ["1"], "2 processes": ["2"]}, repeats)
+    print(f"Efficiency of two: {min(seconds['1 process']) / min(seconds['2 processes']) / 2:.0%}")
+
+
+@app.command()
+def engines(work: Work, photos: Photos, pictures: Pictures = 100_000, repeats: int = 1) -> None:
+    """Ray beside local processes; the start of Ray is measured by itself, and taken off."""
+    src = make_pictures(photos, work / f"pictures-{pictures}", pictures)
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import ray; ray.init(num_cpus=2, log_to_driver=False)"], check=True)
+    begun = time.perf_counter() - start
+    seconds = _time_runs(src, work, pictures, {"local": ["2"], "ray": ["2", "--engine", "ray"]}, repeats)
+    more = (min(seconds["ray"]) - begun) / min(seconds["local"]) - 1
+    print(f"Ray takes {begun:.1f} s to start and end; without that it takes {more:+.0%} of the time.")
+
+
+# Kills
+
+
+def begin_shard(shard: sources.Shard, index: int, work: Path, *more: Any) -> tuple[int, int]:
+    """`fingerprint.fingerprint_shard`, which says so when it has something to do."""
+    if not (work / f"{index:05d}.parquet").exists():
+        with (work.parent / "begun.txt").open("a") as log:
+            log.write(f"{index}\n")
+    return fingerprint_shard(shard, index, work, *more)
+
+
+@app.command(hidden=True)
+def logged(src: Path, out: Path, jobs: int) -> None:
+    """Deduplicate, with `begin_shard`."""
+    with mock.patch.object(fingerprint, "fingerprint_shard", begin_shard):
+        pipeline.deduplicate(src, out, options.Options(level="hash"), jobs=jobs)
+
+
+@app.command()
+def kills(work: Work, photos: Photos, pictures: Pictures = 3_000, times: int = 20, jobs: Jobs = 2) -> None:
+    """Kill, start again, and compare with an undisturbed run."""
+    src = make_pictures(photos, work / f"killed-{pictures}", pictures, each=50)
+    whole, out = work / "whole", work / "killed"
+    shutil.rmtree(whole, ignore_errors=True)
+    start = time.perf_counter()
+    command = [sys.executable, __file__, "logged", str(src), str(whole), str(jobs)]
+    subprocess.run(command, check=True)
+    taken = time.perf_counter() - start
+    expected = {path.relative_to(whole): path.read_bytes() for path in list_results(whole)}
+    print("| killed after s | shards done by then | of these made again | begun twice | results that differ |")
+    print("|---:|---:|---:|---:|---:|")
+    command[-2] = str(out)
+    rng = np.random.default_rng(0)
+    for after in sorted(rng.uniform(0.2, taken, times)):
+        shutil.rmtree(out, ignore_errors=True)
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        time.sleep(after)
+        process.kill()
+        process.wait()
+        folder = out / ".work" / "signatures"
+        done = {path: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
+        subprocess.run(command, check=True)
+        again = sum(path.stat().st_mtime_ns != mtime for path, mtime in done.items())
+        found = {path.relative_to(out): path.read_bytes() for path in list_results(out)}
+        begun = (out / ".work" / "begun.txt").read_text().split()
+        differing = sum(found.get(name) != expected.get(name) for name in found | expected)
+        told = f"{len(done)} | {again} | {len(begun) - len(set(begun))} | {differing} of {len(expected)}"
+        print(f"| {after:.1f} | {told} |", flush=True)
+
+
+def list_results(out: Path) -> list[Path]:
+    """Files of a run that must be equal."""
+    names = ("run.json", "pairs.parquet", "kept.txt", "dropped.csv", "deduplicated.parquet", "deduplicated.jsonl")
+    return [*(out / "manifest").glob("*.parquet"), *(out / name for name in names)]
+
+
+if __name__ == "__main__":
+    app()
