@@ -22,8 +22,9 @@ class Signatures:
 
     def read(self) -> pl.DataFrame:
         """All rows with their `id`, without the columns LATER."""
-        files = [pl.scan_parquet(self._path(number)).drop(LATER) for number in range(len(self.sizes))]
-        rows = pl.concat(pl.collect_all(files), how="diagonal").with_row_index("id")
+        # One by one: of many at once polars takes a thread for each, and warns of a deadlock beyond 512.
+        files = [pl.scan_parquet(self._path(number)).drop(LATER).collect() for number in range(len(self.sizes))]
+        rows = pl.concat(files, how="diagonal").with_row_index("id")
         rows = rows.with_columns(pl.col("id").cast(pl.Int64))
         for name in rows.columns:  # one by one, so that no more than one of them is there twice
             rows = rows.with_columns(rows[name].rechunk())
