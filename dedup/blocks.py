@@ -5,10 +5,12 @@ of the file and four numbers. The first partners of a row are the first of those
 the cut nor who does the work decides anything, and nothing moves between workers.
 """
 
+import sys
 from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from dedup import bands, engine, groups
 
@@ -27,7 +29,9 @@ def join_blocks(folder: Path, radius: int, limit: int, workers: engine.Workers, 
     blocks, pieces = cut(len(first), workers.jobs, memory)
     # the last pieces have most before them: they come first, so that no worker waits for another at the end
     asked = [[(*block, *piece) for block in blocks if block[0] < piece[1]] for piece in reversed(pieces)]
-    results = workers.run(join_two, [(folder, *four, radius, limit) for of_piece in asked for four in of_piece])
+    tasks = [(folder, *four, radius, limit) for of_piece in asked for four in of_piece]
+    done = workers.run(join_two, tasks)
+    results = iter(tqdm(done, desc="search", total=len(tasks), unit=" blocks", file=sys.stderr, disable=None))
     found = [choose_first(np.concatenate(list(islice(results, len(of_piece)))), limit) for of_piece in asked]
     path.unlink()
     upright.unlink()
