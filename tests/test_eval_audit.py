@@ -253,7 +253,7 @@ def test_the_plan_says_time_disk_and_power():
     plan = planning.make_plan(recipe, speed, None, None, jobs=2)
     assert (plan.rows, plan.prompts, plan.clusters) == (6 * 127 + 250, 96, 36)
     assert plan.seconds["train"] == pytest.approx(2 * 1600 * 0.1)
-    assert plan.seconds["generate"] == pytest.approx(2 * 96 * 16 * 15 * 0.001)
+    assert plan.seconds["generate"] == pytest.approx(2 * (96 * 16 + 256) * 15 * 0.001)
     text = planning.describe(recipe, plan, 2)
     assert "with 48 canaries and 2 seeds you can see a drop of 23 points" in text
     assert "2 arms (raw, refill) × 2 seeds, 2 at a time" in text
