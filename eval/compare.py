@@ -192,10 +192,8 @@ def _facts_of_seed(run: Run) -> Facts:
 
 def _check_equal(a: Run, b: Run, list_facts: Callable[[Run], Facts]) -> None:
     facts_a, facts_b = list_facts(a), list_facts(b)
-    for what in facts_a | facts_b:
-        (left, mend), (right, _) = (
-            facts.get(what, (None, "use one version of the program")) for facts in (facts_a, facts_b)
-        )
+    for what, (_, mend) in (facts_a | facts_b).items():
+        left, right = (facts.get(what, (None, ""))[0] for facts in (facts_a, facts_b))
         if left != right:
             values = " / ".join(str(value)[:16] for value in (left, right))
             raise CompareError(f"{a.path} and {b.path} differ in {what} ({values}): {mend}")

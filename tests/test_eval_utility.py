@@ -248,5 +248,5 @@ def test_copies_and_exposures_are_counted_by_the_truth(tmp_path):
     spare = pl.DataFrame({"id": [None], "cluster_id": [None], "key": [five], "held_out": [False], "exposures": [9]})
     manifest.write_parquet(run / "exposures.parquet", pl.concat([seen, spare], how="vertical_relaxed"))
     scores = pl.DataFrame({"target_id": [five, "row-0"], "cluster_id": [None, 10**6], "mode": ["exact", None]})
-    dose = count_dose(Run(run, manifest.read_json(run / "config.json"), {}, "", scores, scores))
+    dose = count_dose(Run(run, manifest.read_json(run / "config.json"), {}, "", scores, scores, None, None))
     assert dose.rows() == [(five, 2, 14), ("row-0", 0, 0)]
