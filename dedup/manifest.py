@@ -18,6 +18,7 @@ import polars as pl
 
 SCHEMA_VERSION = 1
 ROWS_PER_FILE = 100_000
+UNFINISHED = ".unfinished"  # a temporary file
 
 STATUS = ("ok", "unreadable", "too-large", "unsupported", "missing")
 REASONS = ("bytes", "pixels", "hash", "copy", "decision", "policy", "external")
@@ -103,7 +104,7 @@ def decode_name(text: str) -> bytes:
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
     os.close(handle)
     try:
         write(Path(temporary))
@@ -115,6 +116,12 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove what `write_atomic` was at in `folder` and below when its process was killed."""
+    for path in folder.rglob(f".*{UNFINISHED}"):
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

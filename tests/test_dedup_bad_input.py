@@ -469,3 +469,13 @@ def test_what_is_no_source(tmp_path: Path) -> None:
 def test_shards_without_samples_say_so(tmp_path: Path) -> None:
     with pytest.raises(sources.SourceError, match="hold no samples"):
         run(fill(tmp_path / "src", {"x.tar": pack({})}), tmp_path / "out")
+
+
+def test_what_a_killed_writer_left(tmp_path: Path) -> None:
+    src = fill(tmp_path / "src", {"a.png": picture(0)})
+    out = tmp_path / "out"
+    left = out / ".work" / "signatures" / f".00000.parquet.k1ll3d{manifest.UNFINISHED}"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"PAR1")
+    deduplicate(src, out, Options(), jobs=1)
+    assert not left.exists()

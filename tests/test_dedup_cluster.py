@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import ray
+from PIL import Image
 from ray.cluster_utils import Cluster as Raylets
 from test_dedup_pipeline import encode, picture
 from typer.testing import CliRunner
@@ -90,15 +91,15 @@ def address(raylets: Raylets, doctor: Doctor) -> Iterator[str]:
     doctor.heal()
 
 
-def make_shards(folder: Path, shards: int, each: int) -> Path:
-    """Tars of pictures; every fifth stands a second time, at lower quality."""
+def make_shards(folder: Path, shards: int, each: int, large: bytes = b"") -> Path:
+    """Tars of pictures; every fifth stands a second time, at lower quality. large: one that each tar has first."""
     folder.mkdir()
     numbers = iter(range(shards * each))
     for shard in range(shards):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for number in [next(numbers) for _ in range(each)]:
                 seed, quality = (number // 5, 60) if number % 5 == 0 else (1_000 + number, 90)
-                data = encode(picture(seed), "JPEG", quality=quality)
+                data = large if large and number % each == 0 else encode(picture(seed), "JPEG", quality=quality)
                 for suffix, content in (("jpg", data), ("txt", b"a picture")):
                     member = tarfile.TarInfo(f"{number:05d}.{suffix}")
                     member.size = len(content)
@@ -323,7 +324,9 @@ def meanwhile(path: Path, act: Callable[[], object]) -> Iterator[list]:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shards(tmp_path_factory.mktemp("many") / "shards", 30, 20)
+    """Shards that take long enough to be met at work."""
+    large = encode(Image.linear_gradient("L").resize((5_000, 5_000)), "PNG", compress_level=1)
+    return make_shards(tmp_path_factory.mktemp("many") / "shards", 12, 20, large)
 
 
 @pytest.fixture(scope="module")
