@@ -130,6 +130,10 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     _be_quiet()
     temporary = _make_temporary(folder)
     pipeline.save_pretrained(temporary, safe_serialization=True)
+    for path in (temporary / "model_index.json", *temporary.glob("*/config.json")):
+        config = manifest.read_json(path)
+        if config.pop("_name_or_path", None) is not None:  # where a part came from: no model depends on that
+            manifest.write_json(path, config)
     for path in temporary.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes for the owner alone
     temporary.replace(folder)

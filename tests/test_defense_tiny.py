@@ -1,6 +1,7 @@
 """defense.tiny: pipelines built from a seed, of diffusers' own parts; and the one that comes trained."""
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,6 +17,7 @@ from test_defense_data import build_small, make_dataset, write_autoencoder
 from defense import tiny
 from defense.config import TrainConfig
 from defense.model import SHIPPED, ModelError, digest_weights, find_folder, load_pipeline, save_pipeline
+from defense.sample import digest_model
 from defense.train import train
 
 BASE = SHIPPED["tiny-base"]
@@ -137,6 +139,16 @@ def test_the_wheel_holds_the_base(tmp_path):
     assert len(shipped) > 8
     assert shipped <= set(zipfile.ZipFile(wheel).namelist())
     assert Path(wheel).stat().st_size < 12e6
+
+
+def test_a_saved_model_does_not_say_where_its_parts_came_from(tmp_path):
+    shutil.copytree(BASE, tmp_path / "copy")
+    for name, base in (("here", BASE), ("there", tmp_path / "copy")):
+        save_pipeline(load_pipeline(base), tmp_path / name)
+    assert digest_model(tmp_path / "here", {}) == digest_model(tmp_path / "there", {})
+    texts = [path.read_text() for path in (tmp_path / "there").rglob("*.json")]
+    assert len(texts) > 5
+    assert not any(str(tmp_path) in text for text in texts)
 
 
 def test_a_model_without_captions_opens_without_our_code(tmp_path):
