@@ -1,5 +1,6 @@
 """Fixtures that more than one test file uses."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,6 +8,10 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
+
+from dedup.cluster import SETTINGS
+
+os.environ.update(SETTINGS)  # before a test imports Ray: under `uv run` its workers would run a copy of the code
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
