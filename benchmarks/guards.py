@@ -112,10 +112,9 @@ def main(
         config = read_config(run)
         known = load_small(Path(config["out"]), config["config"]["resolution"])
         print(f"{run.name}: {len(known.rows)} pictures, {known.false_alarms:.1%} false alarms of the copy guard")
-    print(
-        "| guard | of images planted twice or more | generations that match | never planted | refused | moved | told |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    counted = f"of images planted twice or more | within {NEAR:g} δ | generations that match"
+    print(f"| guard | {counted} | never planted | refused | moved | told |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in guard or EVERY:
         drawn = [draw(run, name, directory / "guarded") for run in runs]
         scores = [found for _, found in drawn]
