@@ -7,7 +7,10 @@ the tasks, into a folder that all nodes see.
 
 import logging
 import os
+import select
 import socket
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -23,6 +26,15 @@ if TYPE_CHECKING:
 
 HERE = "local"  # the address of a cluster that is this machine alone, and ends with the run
 REACH = 10.0  # seconds that an address may say nothing
+# What `ray health-check` asks, by a process of its own: Ray's client takes 40 seconds to give up, which nothing
+# shortens, and complains on stderr. It prints a line when Ray is imported, and one when it was answered.
+QUESTION = """
+import sys
+from ray._raylet import GcsClient
+print(flush=True)
+GcsClient(address=sys.argv[1])
+print(flush=True)
+"""
 START = 300.0  # seconds that a node may take for its first task, which imports all it needs
 LOOK = 10.0  # seconds between two looks whether there are nodes at all
 AHEAD = 2  # tasks a processor that Ray knows of: none should wait for the next
@@ -193,17 +205,37 @@ def _list_nodes() -> list[dict[str, Any]]:
 
 
 def _reach(address: str) -> None:
-    """Ray itself would try for minutes, even where a cluster has left no more than its address. Raises ClusterError."""
+    """Ray itself would try for minutes, where a cluster has left no more than its address, or something else listens.
+
+    Raises ClusterError.
+    """
     from ray._private.services import canonicalize_bootstrap_address_or_die
 
     try:
         found = canonicalize_bootstrap_address_or_die(address) if address == "auto" else address
         host, _, port = found.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), REACH).close()
+        _ask(found)
     except (OSError, ValueError) as error:
         raise ClusterError(
             f"no Ray cluster answers at {address} ({error}): give --address HOST:PORT as `ray start --head` says it"
         ) from error
+
+
+def _ask(address: str) -> None:
+    """Raise OSError unless the head of a Ray cluster answers at HOST:PORT within REACH seconds."""
+    command = [sys.executable, "-P", "-c", QUESTION, address]  # -P: no module of the working directory
+    none = subprocess.DEVNULL
+    with subprocess.Popen(command, bufsize=0, stdin=none, stdout=subprocess.PIPE, stderr=none) as asking:
+        assert asking.stdout is not None
+        try:
+            asking.stdout.readline()  # importing Ray may take long, and is no silence of the address
+            said = select.select([asking.stdout], [], [], REACH)[0]
+            answered = said and asking.stdout.readline()  # b"" when the process has failed
+        finally:
+            asking.kill()
+    if not answered:
+        raise OSError(f"something listens there, and gave no answer of Ray's within {REACH:g} s")
 
 
 def _squeeze(error: BaseException) -> str:

@@ -20,6 +20,7 @@ BATCH = 256  # generations compared at a time
 
 ADAPTIVE: dict[str, pl.DataType | type[pl.DataType]] = {
     "matches": pl.Int64,  # generations for this prompt that give back the target
+    "matched_files": pl.List(pl.String),  # those
     "wrong_matches": pl.Int64,  # that give back another picture
     "matches_at_one": pl.Int64,  # both with a cut of 1, that of the literature
     "wrong_at_one": pl.Int64,
@@ -58,6 +59,7 @@ def score_adaptive(
     mine = ratio[own[nearest] & ~np.isnan(ratio)]
     return {
         "matches": int((copied & own[nearest]).sum()),
+        "matched_files": np.flatnonzero(copied & own[nearest]).tolist(),
         "wrong_matches": int((copied & ~own[nearest]).sum()),
         "matches_at_one": int((lax & own[nearest]).sum()),
         "wrong_at_one": int((lax & ~own[nearest]).sum()),

@@ -11,6 +11,7 @@ import polars as pl
 
 from eval import metrics
 from eval.contrasts import report_rate
+from eval.summary import count_by_caption
 
 BY_CAPTION = pl.List(pl.Struct({"caption_kind": pl.String, "generations": pl.Int64, "matches": pl.Int64}))
 PROBE, ANY = "probe", "any"
@@ -31,17 +32,10 @@ def count_matches(
 
     others: kind → scores of what was drawn apart, with target_id, n_generations and matches; None where it was not.
     """
-    matched = scores.select("target_id", file="matched_files").explode("file").drop_nulls().with_columns(near=True)
-    made = (pl.col("status") != "pruned").alias("generations")  # a prompt without images counts, with none
-    drawn = generations.select("caption_kind", "file", made, target_id="prompt_id")
-    drawn = drawn.join(matched, on=["target_id", "file"], how="left", maintain_order="left")
-    near = pl.col("near").fill_null(False).alias("matches")
-    told = [drawn.select("target_id", "caption_kind", "generations", near)]
-    for kind, table in others.items():
-        if table is not None:
-            counts = table.select("target_id", pl.lit(kind).alias("caption_kind"), "n_generations", "matches")
-            told.append(counts.rename({"n_generations": "generations"}))
-    each = pl.concat(part.cast({"generations": pl.Int64, "matches": pl.Int64}) for part in told)
+    told = [count_by_caption(generations, scores)]
+    told += [table.with_columns(caption_kind=pl.lit(kind)) for kind, table in others.items() if table is not None]
+    counts = (pl.col("n_generations").cast(pl.Int64).alias("generations"), pl.col("matches").cast(pl.Int64))
+    each = pl.concat(part.select("target_id", "caption_kind", *counts) for part in told)
     each = each.filter(pl.col("target_id").is_in(scores["target_id"].to_list()))
     order = pl.col("caption_kind").replace_strict({kind: n for n, kind in enumerate(LABELS)}, default=None)
     each = each.group_by("target_id", "caption_kind").agg(pl.col("generations", "matches").sum())

@@ -27,11 +27,11 @@ from eval.budget import Rule, generate_within
 from eval.controls import calibrate_runs
 from eval.denoiser import DenoiserError
 from eval.detectors import detect
-from eval.extraction import attack, clique_threshold
+from eval.extraction import attack, clique_threshold, read_generations
 from eval.generate import generate, list_asked
 from eval.labels import write_labels
 from eval.stats import risk_difference
-from eval.summary import describe_scores, summarise_scores
+from eval.summary import count_by_caption, describe_scores, summarise_scores
 from eval.targets import TargetError
 
 CONTROLS = "controls"  # in DIR: the dedup run over pictures that the model never saw
@@ -206,7 +206,10 @@ def audit_model(
         "runs": {name: str(run) for name, run in runs.items()},
         "plan": planned,
         "budget": spent,
-        "models": {name: summarise_scores(table) for name, table in scores.items()},
+        "models": {
+            name: summarise_scores(table, count_by_caption(read_generations(runs[name]), table))
+            for name, table in scores.items()
+        },
         "over_base": compare_with_base(scores) if "base" in scores else None,
         "to_label": len(scores["model"]["best_file"].drop_nulls()),
         "detectors": detected,

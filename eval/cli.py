@@ -6,6 +6,8 @@ Exit codes: 0 done, 1 more unreadable inputs than `--max-bad`, 2 wrong use, 3 ca
 import json
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,21 +69,24 @@ def generate(
     with defense.cli.require_extra("train"):
         options: dict[str, Any] = {"n": n, "guidance_scale": guidance_scale, "steps": steps, "prompts": prompts}
         options |= {"captions": captions, "limit": limit, "order": order, "controls": controls, "guards": guard or ()}
+        unasked: Callable[[Path], Any] | None = None
         if null:
             from eval.unprompted import draw_unprompted
 
-            for run in runs:
-                draw_unprompted(run, null, guidance_scale=guidance_scale, steps=steps, guards=guard or ())
+            unasked = partial(draw_unprompted, n=null, guidance_scale=guidance_scale, steps=steps, guards=guard or ())
         if budget:
             from eval.budget import Rule, describe, generate_within
 
+            if unasked:
+                for run in runs:
+                    unasked(run)
             rule = Rule(detector=None if detector == "none" else detector, until=until)
             about = generate_within(runs, rule, pooled=pooled, **options)
             typer.echo(json.dumps(about) if json_ else describe(about))
             return
         from eval.generate import generate_runs
 
-        for run, counts in zip(runs, generate_runs(runs, where, **options), strict=True):
+        for run, counts in zip(runs, generate_runs(runs, where, unasked, **options), strict=True):
             text = f"{counts['images']} images for {counts['prompts']} training images: {run / 'generations.parquet'}"
             if counts["refused"]:
                 text += f"\n{counts['refused']} were refused as copies of training images: {run / 'guards.parquet'}"

@@ -26,7 +26,7 @@ from eval.distances import max_tile_l2, near_any
 from eval.generate import GENERATIONS, read_config, read_reconstruction
 from eval.masks import TEMPLATE, build_masks, score_template
 from eval.replication import ENCODERS, REPLICATION, embed_reference, score_replication, summarise_similarity
-from eval.summary import summarise_scores
+from eval.summary import count_by_caption, summarise_scores
 from eval.targets import TARGETS, Yardstick, load_pixels, load_yardstick
 
 EXACT_CLIQUE = 64  # generations up to which the largest clique is found for certain
@@ -119,7 +119,7 @@ def attack(run: Path, name: str = "clique", *, encoder: str = ENCODERS[0]) -> pl
         found = ATTACKS[name](images, place, yardstick, calibration, mine["n"][0])
         for column in found.keys() & {"best_file", "medoid_file"}:
             found[column] = None if found[column] is None else made["file"][found[column]]
-        if "matched_files" in found:
+        if found["matched_files"] is not None:
             found["matched_files"] = made["file"].gather(found["matched_files"]).to_list()
         kinds = mine["caption_kind"].unique()
         shown = {column: mine[column][0] for column in ("prompt", "digest")}
@@ -128,14 +128,14 @@ def attack(run: Path, name: str = "clique", *, encoder: str = ENCODERS[0]) -> pl
     if name == "adaptive":
         pool(scores, yardstick)
     table = pl.DataFrame(scores, schema=SCHEMAS[name])
-    summary = summarise_scores(table)
+    summary = summarise_scores(table, count_by_caption(generations, table))
     if yardstick.embedded is not None:
         summary["similarity"]["training"] = summarise_similarity(yardstick.embedded.nearest)
     delta = calibration.delta_of(yardstick.targets)
     summary["delta"] = {"min": delta.min(), "median": float(np.median(delta)), "max": delta.max()}
     summary["reconstruction"] = read_reconstruction(run)
-    manifest.write_parquet(run / f"scores-{name}.parquet", table)
     manifest.write_json(run / f"attack-{name}.json", summary)
+    manifest.write_parquet(run / f"scores-{name}.parquet", table)  # last: where it is, the run counts as scored
     return table
 
 

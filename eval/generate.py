@@ -10,7 +10,7 @@ table is there; the same command after a kill does only the others. Knows nothin
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,17 +106,20 @@ def generate(
     return table
 
 
-def generate_runs(runs: Sequence[Path], address: str | None = None, **options: Any) -> Iterator[dict[str, int]]:
+def generate_runs(
+    runs: Sequence[Path], address: str | None = None, first: Callable[[Path], Any] | None = None, **options: Any
+) -> Iterator[dict[str, int]]:
     """`generate` with these options for one run after the other, or for as many at a time as a Ray cluster has room.
 
-    Yields for each run how many images were drawn, for how many prompts, and of which status. Raises what it raises.
+    first: what else to draw from each run, before that and by the same worker (`unprompted.draw_unprompted`). Yields
+    for each run how many images `generate` drew, for how many prompts, and of which status. Raises what they raise.
     """
     runs = [run.resolve() for run in runs]
     configs = [read_config(run) for run in runs]
     gpu = any(wants_gpu(config["config"].get("device", "auto")) for config in configs)
     inputs = [path for run, config in zip(runs, configs, strict=True) for path in (run / "config.json", config["out"])]
     with cluster.start(1 if address is None else 0, address, runs[0], list(map(Path, inputs))) as workers:
-        yield from workers.run(_generate, [(run, options) for run in runs], gpu=gpu)
+        yield from workers.run(_generate, [(run, first, options) for run in runs], gpu=gpu)
 
 
 def wants_gpu(device: str) -> bool:
@@ -124,7 +127,9 @@ def wants_gpu(device: str) -> bool:
     return device == "auto" or device.startswith("cuda")
 
 
-def _generate(run: Path, options: dict[str, Any]) -> dict[str, int]:
+def _generate(run: Path, first: Callable[[Path], Any] | None, options: dict[str, Any]) -> dict[str, int]:
+    if first is not None:
+        first(run)
     table = generate(run, **options)
     counts = {"images": len(table), "prompts": table["prompt_id"].n_unique()}
     return counts | {status: len(table.filter(status=status)) for status in ("nan", "refused")}

@@ -29,6 +29,7 @@ TEMPLATE: dict[str, pl.DataType | type[pl.DataType]] = {
     "mask_share": pl.Float64,  # of the pixels; null without a template
     "delta_template": pl.Float64,  # half the masked distance to the nearest unrelated picture, at most 0.15
     "matches": pl.Int64,  # generations within it; null without a template
+    "matched_files": pl.List(pl.String),  # those
     "verbatim": pl.Int64,  # of these, generations whose rest is within 0.15 of the target's rest
     "best_distance": pl.Float64,  # smallest masked distance
     "best_file": pl.String,
@@ -106,6 +107,7 @@ def score_template(
         "mask_share": float(mask.mean()),
         "delta_template": delta,
         "matches": int(near.sum()),
+        "matched_files": np.flatnonzero(near).tolist(),
         "verbatim": int((near & rest).sum()),
         "best_distance": float(distance.min()) if len(images) else None,
         "best_file": int(distance.argmin()) if len(images) else None,

@@ -25,6 +25,7 @@ REPLICATION: dict[str, pl.DataType | type[pl.DataType]] = {
     "similarity": pl.List(pl.Float64),  # of each generation to the nearest picture of the reference, cosine
     "mean_similarity": pl.Float64,
     "matches": pl.Int64,  # generations above the cut whose nearest picture is the target
+    "matched_files": pl.List(pl.String),  # those
     "wrong_matches": pl.Int64,  # above it, nearest to another picture
     "best_similarity": pl.Float64,  # of the generations to the target
     "best_file": pl.String,
@@ -73,7 +74,7 @@ def score_replication(
     known = yardstick.embedded
     cut = max(CUT, float(np.quantile(known.nearest, CUT_QUANTILE)))
     score: dict[str, Any] = dict.fromkeys(REPLICATION) | {"encoder": known.described, "similarity_cut": cut}
-    score |= {"similarity": [], "matches": 0, "wrong_matches": 0, "extracted": False}
+    score |= {"similarity": [], "matches": 0, "matched_files": [], "wrong_matches": 0, "extracted": False}
     if not len(images):
         return score
     vectors, _ = embed((images * 255).round().astype(np.uint8), known.encoder)
@@ -87,6 +88,7 @@ def score_replication(
         "similarity": similarity.tolist(),
         "mean_similarity": float(similarity.mean()),
         "matches": int(matches.sum()),
+        "matched_files": np.flatnonzero(matches).tolist(),
         "wrong_matches": int(((to_others > cut) & (to_others >= to_target)).sum()),
         "best_similarity": float(to_target.max()),
         "best_file": int(to_target.argmax()),

@@ -1,10 +1,11 @@
 """Scores of an attack in the terms of Carlini et al. 2023: what came back, of how many, and how often by chance.
 
-In: a table of scores, one row a target. Out: JSON values; every rate with its denominator, its interval, and that of
-the controls beside it. Knows nothing of models or files.
+In: a table of scores, one row a target, and what was drawn by captions of which kind. Out: JSON values; every rate with
+its denominator, its interval, and that of the controls beside it. Knows nothing of models or files.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,26 +20,63 @@ from eval.stats import Effect, plain, wilson
 # the near-copies that were found by eye.
 LITERATURE = {"prompts": 350_000, "generations": 175_000_000, "direct": 94, "with_near": 109}
 DRAWS = 9_999
+GROUPS = {"members": "member", "controls": "control"}  # name here → prompt_kind
 
 
-def summarise_scores(scores: pl.DataFrame, level: float = 0.95) -> dict[str, Any]:
-    """Scores of one attack on one run → counts and rates of members and controls.
+def summarise_scores(scores: pl.DataFrame, told: pl.DataFrame | None = None, level: float = 0.95) -> dict[str, Any]:
+    """Scores of one attack on one run → counts and rates of members and controls, in all and by kind of caption.
 
+    told: of `count_by_caption`; without it each target counts under the one kind that its scores name.
     direct: all of the rule of the attack. near: extracted otherwise. The unit of the rate per generation is the prompt.
     What cannot match (`matches` is null: a target without a template) is in no denominator: no control is, then.
     """
     asked = scores.filter(pl.col("matches").is_not_null())
-    groups = {name: asked.filter(prompt_kind=kind) for name, kind in (("members", "member"), ("controls", "control"))}
+    groups = {name: asked.filter(prompt_kind=kind) for name, kind in GROUPS.items()}
     summary: dict[str, Any] = {name: _count(rows, level) for name, rows in groups.items()}
     extracted = [int(groups[name]["extracted"].sum()) for name in groups]
     sizes = [len(rows) for rows in groups.values()]
     difference = rate_difference(extracted[0], sizes[0], extracted[1], sizes[1], level)
-    kinds = sorted(scores["caption_kind"].unique().drop_nulls())
-    by_kind = {kind: _count(groups["members"].filter(caption_kind=kind), level) for kind in kinds}
+    by_kind = rate_captions(scores, [scores if told is None else told], level)
     summary |= {"difference": None if difference is None else plain(difference), "by_caption_kind": by_kind}
     if "similarity" in scores.columns:
         summary["similarity"] = {name: _summarise(rows) for name, rows in groups.items()}
     return summary | {"cannot_match": len(scores) - len(asked), "literature": LITERATURE}
+
+
+def count_by_caption(generations: pl.DataFrame, scores: pl.DataFrame) -> pl.DataFrame:
+    """target_id, caption_kind, n_generations, n_nan, matches: a row a target and kind of captions it was asked by.
+
+    As in the scores, whose `matched_files` say which images match. Pruned prompts count, with no generations.
+    """
+    matched = scores.select("target_id", file="matched_files").explode("file").drop_nulls().with_columns(near=True)
+    drawn = generations.select("caption_kind", "status", "file", target_id="prompt_id")
+    drawn = drawn.filter(pl.col("target_id").is_in(scores["target_id"].to_list()))
+    drawn = drawn.join(matched, on=["target_id", "file"], how="left", maintain_order="left")
+    counts = {
+        "n_generations": pl.col("status") != "pruned",
+        "n_nan": ~pl.col("status").is_in(["pruned", "ok"]),
+        "matches": pl.col("near").fill_null(False),
+    }
+    each = drawn.group_by("target_id", "caption_kind", maintain_order=True)
+    return each.agg(true.sum().cast(pl.Int64).alias(name) for name, true in counts.items())
+
+
+def rate_captions(scores: pl.DataFrame, told: Sequence[pl.DataFrame], level: float = 0.95) -> dict[str, Any]:
+    """Kind of captions → what came back by them alone, of the members and of the controls that were asked so.
+
+    told: tables with the columns of `count_by_caption`; of one target and kind they count together. extracted: a
+    generation for such a caption matches. Several kinds share the generations of a target, so a control is fair
+    beside a member only where both have as many: `generations` says that.
+    """
+    columns = ("n_generations", "n_nan", "matches")
+    each = pl.concat(part.select("target_id", "caption_kind", pl.col(columns).cast(pl.Int64)) for part in told)
+    each = each.drop_nulls("caption_kind").group_by("target_id", "caption_kind").agg(pl.col(columns).sum())
+    asked = scores.filter(pl.col("matches").is_not_null()).select("target_id", "prompt_kind")
+    rows = asked.join(each, on="target_id", maintain_order="left").with_columns(extracted=pl.col("matches") > 0)
+    return {
+        kind: {name: _count(rows.filter(caption_kind=kind, prompt_kind=one), level) for name, one in GROUPS.items()}
+        for kind in sorted(rows["caption_kind"].unique())
+    }
 
 
 def _count(rows: pl.DataFrame, level: float) -> dict[str, Any]:
@@ -113,6 +151,7 @@ def describe_scores(summary: dict[str, Any], name: str) -> str:
     for label, key in (("per prompt", "per_prompt"), ("per generation", "per_generation")):
         cells = [_describe_rate(group.get(key)) for group in (members, controls)]
         lines.append(f"{label:<20} {cells[0]:<28} {cells[1]}")
+    lines += _describe_captions(summary["by_caption_kind"])
     if summary["difference"] is None:
         lines.append("no controls: how often this attack is wrong is not known; train with held_out, or plant canaries")
     else:
@@ -135,6 +174,17 @@ def describe_scores(summary: dict[str, Any], name: str) -> str:
         f"{known['prompts']:,} prompts and {known['generations']:,} generations"
     )
     return "\n".join(lines)
+
+
+def _describe_captions(by_kind: dict[str, Any]) -> list[str]:
+    """A line for captions of each kind; none where there is one kind, which the rates above are of."""
+    lines = []
+    for kind, found in by_kind.items() if len(by_kind) > 1 else ():
+        members, controls = (found[name] for name in GROUPS)
+        label = f"{kind}: {members['extracted']:,} of {members['prompts']:,}"
+        beside = f"{controls['extracted']:,} of {controls['prompts']:,}: {_describe_rate(controls.get('per_prompt'))}"
+        lines.append(f"{label:<20} {_describe_rate(members.get('per_prompt')):<28} {beside}")
+    return lines
 
 
 def _describe_rate(rate: dict[str, Any] | None) -> str:

@@ -2,7 +2,7 @@
 
 The empty caption is one prompt whatever the target, so one set of images does for all of them, with the same seeds in
 every model. In: RUN/model. Out: RUN/unprompted.parquet and its images; after the attack RUN/scores-null.parquet, a row
-a target. Knows nothing of other runs.
+a target, and their counts in RUN/attack-clique.json. Knows nothing of other runs.
 
     unmemorize generate RUN --null 256
 """
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dedup import manifest
 from defense.distances import l2, scale
-from eval.extraction import read_images
+from eval.extraction import read_generations, read_images
 from eval.generate import (
     BATCH,
     GENERATIONS,
@@ -30,6 +30,7 @@ from eval.generate import (
     open_sampler,
     read_config,
 )
+from eval.summary import count_by_caption, rate_captions
 from eval.targets import load_pixels
 
 TARGET = "null"  # what stands in the seeds of these images in place of a target
@@ -85,7 +86,8 @@ def read_unprompted(run: Path) -> pl.DataFrame | None:
 def score_unprompted(run: Path) -> pl.DataFrame | None:
     """Compare the images with every target of the clique attack, by its δ; returns scores-null.parquet, columns NULL.
 
-    None where nothing was drawn. Raises AttackError, TargetError or OSError.
+    Adds them to `by_caption_kind` of attack-clique.json. None where nothing was drawn. Raises AttackError, TargetError
+    or OSError.
     """
     drawn = read_unprompted(run)
     if drawn is None:
@@ -109,5 +111,9 @@ def score_unprompted(run: Path) -> pl.DataFrame | None:
         extracted=pl.Series(matches > 0),
     )
     table = table.select(pl.col(name).cast(kind) for name, kind in NULL.items())
+    unasked = table.with_columns(caption_kind=pl.lit(TARGET), n_nan=pl.lit(len(drawn) - len(files)))
+    told = [count_by_caption(read_generations(run), targets), unasked]
+    summary = manifest.read_json(run / "attack-clique.json")
+    manifest.write_json(run / "attack-clique.json", summary | {"by_caption_kind": rate_captions(targets, told)})
     manifest.write_parquet(run / SCORES, table)
     return table

@@ -258,6 +258,41 @@ def test_a_cluster_that_is_not_there_is_one_line_within_seconds(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("answer", [None, b"HTTP/1.0 400 Bad Request\r\n\r\n"])
+def test_what_listens_and_is_no_ray_is_one_line_within_seconds(
+    answer: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A socket that accepts and says nothing, and a web server."""
+    monkeypatch.setattr(cluster, "REACH", 3.0)
+    taken: list[socket.socket] = []
+    times: list[float] = []
+
+    def serve(listening: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # the end of the test
+            while True:
+                taken.append(listening.accept()[0])
+                times.append(time.monotonic())
+                if answer is not None:
+                    with taken[-1] as connection, contextlib.suppress(OSError):  # the first one says nothing
+                        connection.recv(100)
+                        connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=serve, args=(listening,), daemon=True).start()
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(ClusterError, match=f"^no Ray cluster answers at {address} .*within 3 s") as error:
+            connect(address, tmp_path).__enter__()
+        end = time.monotonic()
+        listening.shutdown(socket.SHUT_RDWR)  # wakes the thread
+    assert len(times) > 1  # it was asked, not only connected to
+    assert end - times[1] < 15  # Ray's own client takes 40, once it is imported
+    assert "\n" not in str(error.value)
+    for connection in taken:
+        connection.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+
+
 def test_two_runs_into_one_folder(address: str, src: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with lock(tmp_path / "out"), pytest.raises(OutputError, match="in use by another run"):

@@ -15,6 +15,7 @@ from eval.asked import ANY, LABELS, list_captions, say_captions
 from eval.compare import CompareError, compare
 from eval.extraction import attack
 from eval.generate import GENERATIONS, generate
+from eval.summary import describe_scores
 from eval.targets import load_pixels, load_targets
 from eval.unprompted import NULL, draw_unprompted, score_unprompted
 
@@ -91,6 +92,45 @@ def test_captions_that_stay_and_that_leave_are_counted_apart(own, tmp_path):
     assert "not measured" in page
 
 
+def test_the_summary_of_a_run_tells_them_apart(own):
+    """Targets that were asked in several ways are not lumped as "all", whatever the attack."""
+    targets, runs = own
+    repeated = len(targets.filter(pl.col("multiplicity") >= 2))
+    members, controls = (len(targets.filter(prompt_kind=kind)) for kind in ("member", "control"))
+    for run, back in zip(runs, ("dropped", "survivor"), strict=True):
+        summary = manifest.read_json(run / "attack-clique.json")
+        kinds = summary["by_caption_kind"]
+        assert list(kinds) == ["dropped", "survivor"]
+        asked = {kind: (found["members"]["prompts"], found["controls"]["prompts"]) for kind, found in kinds.items()}
+        assert asked == {"dropped": (repeated, 0), "survivor": (members, controls)}
+        made = {kind: found["members"]["generations"] for kind, found in kinds.items()}
+        assert made == {"dropped": 3 * repeated, "survivor": 8 * members - 3 * repeated}
+        assert kinds["survivor"]["controls"]["generations"] == 8 * controls
+        for kind, found in kinds.items():
+            assert found["members"]["extracted"] == (2 if kind == back else 0)
+        rate = kinds[back]["members"]["per_prompt"]
+        assert (rate["count"], rate["n"]) == (2, repeated if back == "dropped" else members)
+        assert rate["low"] < rate["estimate"] < rate["high"]
+        assert kinds["survivor"]["controls"]["per_prompt"]["high"] > 0
+        assert kinds["dropped"]["controls"] == {"prompts": 0, "generations": 0, "nan": 0, "extracted": 0}
+        lines = describe_scores(summary, "clique").splitlines()
+        (line,) = [line for line in lines if line.startswith("dropped: ")]
+        assert line.startswith(f"dropped: {2 if back == 'dropped' else 0} of {repeated} ")
+        assert line.endswith("0 of 0: -")
+
+
+@pytest.mark.parametrize("name", ["adaptive", "replication"])
+def test_every_attack_says_which_images_match(own, tmp_path, name):
+    run = shutil.copytree(own[1][0], tmp_path / "raw-0")
+    scores = attack(run, name)
+    assert (scores["matched_files"].list.len() == scores["matches"]).all()
+    found = manifest.read_json(run / f"attack-{name}.json")["by_caption_kind"]
+    matches = scores.filter(prompt_kind="member")["matches"].sum()
+    assert matches > 0
+    assert sum(kind["members"]["per_generation"]["count"] for kind in found.values()) == matches
+    assert found["dropped"]["members"]["extracted"] == 2
+
+
 def test_scores_without_the_files_that_matched_are_refused(own, tmp_path):
     run = shutil.copytree(own[1][0], tmp_path / "raw-0")
     path = run / "scores-clique.parquet"
@@ -132,8 +172,16 @@ def test_pictures_come_back_unasked_in_proportion_and_controls_do_not(out, runs)
     assert set(drawn["prompt"]) == {""}
     generate(run, n=4, **SETTINGS)
     scores = attack(run)
+    before = manifest.read_json(run / "attack-clique.json")
     table = score_unprompted(run)
     assert dict(table.schema) == NULL
+    summary = manifest.read_json(run / "attack-clique.json")
+    null = summary["by_caption_kind"].pop("null")
+    assert summary["by_caption_kind"].keys() == {"survivor"}
+    assert summary == before
+    assert null["members"]["generations"] == 130 * null["members"]["prompts"]
+    assert null["members"]["per_generation"]["count"] == table["matches"].sum() > 0
+    assert (null["controls"]["prompts"], null["controls"]["extracted"]) == (2, 0)
     assert table["target_id"].equals(scores["target_id"])
     often = table.with_columns(scores["multiplicity"], scores["prompt_kind"])
     assert (often.filter(prompt_kind="control")["matches"] == 0).all()
