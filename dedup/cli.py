@@ -1,13 +1,14 @@
 """The verbs of the dedup stage: parse → call → print. `eval/cli.py` assembles them into the program `unmemorize`."""
 
 import json
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from dedup import memory
+from dedup import memory, summary
 
 app = typer.Typer()
 
@@ -34,10 +35,10 @@ Format = Literal["folder", "webdataset", "table", "parquet", "huggingface", "url
 ExportFormat = Literal["same", "webdataset", "parquet", "huggingface", "imagefolder", "urls", "index"]
 Encoder = Literal["auto", "local", "sscd-distilled", "sscd", "clip", "dinov2"]
 
-
-NAMED = 3  # scopes, or pairs of them, that the summary names
-
-KEPT, READ, FETCHED = "What is kept", "How SRC is read", "What is fetched from elsewhere"  # groups of options
+# groups of options
+_kept = partial(typer.Option, rich_help_panel="What is kept")
+_read = partial(typer.Option, rich_help_panel="How SRC is read")
+_fetched = partial(typer.Option, rich_help_panel="What is fetched from elsewhere")
 
 
 def choose_address(engine: str, address: str | None) -> str | None:
@@ -53,6 +54,12 @@ def choose_address(engine: str, address: str | None) -> str | None:
 
 class TooManyBad(Exception):
     """More unreadable inputs than `--max-bad` allows: the results stand, the exit code is 1."""
+
+
+def _check_bad(bad: int, inputs: int, max_bad: float, table: str) -> None:
+    if bad > max_bad * inputs:
+        told = f"{bad} of {inputs} inputs are unreadable, more than --max-bad {max_bad}"
+        raise TooManyBad(f"{told}: see the rows with status in {table}")
 
 
 def _parse_size(text: str) -> int:
@@ -81,111 +88,61 @@ def dedup(
         float | None, typer.Option(help="Unrelated pairs that may be compared; default: 3 an image.")
     ] = None,
     hash_decode: Annotated[Literal["fast", "exact"], typer.Option(help="fast: JPEGs at reduced scale.")] = "fast",
-    flips: Annotated[Keep, typer.Option(help="Mirrored copies.", rich_help_panel=KEPT)] = "keep",
-    rotations: Annotated[Keep, typer.Option(help="Turned copies.", rich_help_panel=KEPT)] = "keep",
+    flips: Annotated[Keep, _kept(help="Mirrored copies.")] = "keep",
+    rotations: Annotated[Keep, _kept(help="Turned copies.")] = "keep",
     base: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="OUT", help="Finished run over older rows: what it kept stays kept.", rich_help_panel=KEPT
-        ),
+        Path | None, _kept(metavar="OUT", help="Finished run over older rows: what it kept stays kept.")
     ] = None,
     against: Annotated[
         list[Path] | None,
-        typer.Option(
-            metavar="OTHER",
-            help="Test set or opt-out list, or an OUT: what is a copy of it goes. Repeatable.",
-            rich_help_panel=KEPT,
-        ),
+        _kept(metavar="OTHER", help="Test set or opt-out list, or an OUT: what is a copy of it goes. Repeatable."),
     ] = None,
     prefer: Annotated[
-        str,
-        typer.Option(
-            help="Keep by resolution, quality, bytes, caption, source:NAME …, then as usual.", rich_help_panel=KEPT
-        ),
+        str, _kept(help="Keep by resolution, quality, bytes, caption, source:NAME …, then as usual.")
     ] = "",
     per: Annotated[
-        Literal["auto", "none", "source", "split"],
-        typer.Option(help="Drop copies only inside each; auto: splits.", rich_help_panel=KEPT),
+        Literal["auto", "none", "source", "split"], _kept(help="Drop copies only inside each; auto: splits.")
     ] = "auto",
     against_split: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Drop what matches this split, and none of its own.", rich_help_panel=KEPT),
+        str | None, _kept(metavar="NAME", help="Drop what matches this split, and none of its own.")
     ] = None,
-    max_copies: Annotated[
-        int, typer.Option(min=1, help="Copies of a picture that are kept.", rich_help_panel=KEPT)
-    ] = 1,
-    max_loss: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Alarm when a source or split loses more of its rows.", rich_help_panel=KEPT),
-    ] = 0.5,
-    max_pixels: Annotated[int, typer.Option(help="Larger images are not decoded.", rich_help_panel=READ)] = 100_000_000,
-    max_frames: Annotated[int, typer.Option(help="Longer animations are not decoded.", rich_help_panel=READ)] = 1_000,
-    format_: Annotated[
-        Format | None, typer.Option("--format", help="Of SRC; default: what it looks like.", rich_help_panel=READ)
-    ] = None,
-    root: Annotated[
-        Path | None,
-        typer.Option(help="Folder that the paths of a table start in; default: its own.", rich_help_panel=READ),
-    ] = None,
-    image_column: Annotated[
-        str | None, typer.Option(help="Of paths or bytes; default: by convention.", rich_help_panel=READ)
-    ] = None,
-    caption_column: Annotated[
-        str | None, typer.Option(help="Default: by convention, text, caption …", rich_help_panel=READ)
-    ] = None,
-    id_column: Annotated[
-        str | None, typer.Option(help="Of the key of each row; default: its path or number.", rich_help_panel=READ)
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Of a Hugging Face dataset; default: all of them.", rich_help_panel=READ)
-    ] = None,
+    max_copies: Annotated[int, _kept(min=1, help="Copies of a picture that are kept.")] = 1,
+    max_loss: Annotated[float, _kept(min=0, max=1, help="Alarm when a source or split loses more of its rows.")] = 0.5,
+    max_pixels: Annotated[int, _read(help="Larger images are not decoded.")] = 100_000_000,
+    max_frames: Annotated[int, _read(help="Longer animations are not decoded.")] = 1_000,
+    format_: Annotated[Format | None, _read("--format", help="Of SRC; default: what it looks like.")] = None,
+    root: Annotated[Path | None, _read(help="Folder that the paths of a table start in; default: its own.")] = None,
+    image_column: Annotated[str | None, _read(help="Of paths or bytes; default: by convention.")] = None,
+    caption_column: Annotated[str | None, _read(help="Default: by convention, text, caption …")] = None,
+    id_column: Annotated[str | None, _read(help="Of the key of each row; default: its path or number.")] = None,
+    split: Annotated[str | None, _read(help="Of a Hugging Face dataset; default: all of them.")] = None,
     subject_column: Annotated[
-        str | None,
-        typer.Option(help="Of the person shown, the unit of splits; hashed. DICOM: PatientID.", rich_help_panel=READ),
+        str | None, _read(help="Of the person shown, the unit of splits; hashed. DICOM: PatientID.")
     ] = None,
     subject_key: Annotated[
-        Path | None,
-        typer.Option(help="File with the key of those hashes; default: a secret one of OUT.", rich_help_panel=READ),
+        Path | None, _read(help="File with the key of those hashes; default: a secret one of OUT.")
     ] = None,
     i_understand: Annotated[
-        bool,
-        typer.Option("--i-understand", help="Read medical pictures and pictures of persons.", rich_help_panel=READ),
+        bool, _read("--i-understand", help="Read medical pictures and pictures of persons.")
     ] = False,
-    url_column: Annotated[
-        str | None, typer.Option(help="Of addresses to download; default: by convention.", rich_help_panel=FETCHED)
-    ] = None,
+    url_column: Annotated[str | None, _fetched(help="Of addresses to download; default: by convention.")] = None,
     download: Annotated[
-        Path | None,
-        typer.Option(help="Where images of addresses are kept; default: OUT/download.", rich_help_panel=FETCHED),
+        Path | None, _fetched(help="Where images of addresses are kept; default: OUT/download.")
     ] = None,
     cache: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where remote shards and streams are kept; default: ~/.cache/unmemorize.", rich_help_panel=FETCHED
-        ),
+        Path | None, _fetched(help="Where remote shards and streams are kept; default: ~/.cache/unmemorize.")
     ] = None,
-    timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds that a server may say nothing.", rich_help_panel=FETCHED)
-    ] = 10.0,
-    retries: Annotated[
-        int, typer.Option(min=0, help="Of each address or shard, after the first time.", rich_help_panel=FETCHED)
-    ] = 1,
-    threads: Annotated[
-        int, typer.Option(min=1, help="Addresses that are asked for at once.", rich_help_panel=FETCHED)
-    ] = 64,
+    timeout: Annotated[float, _fetched(min=0.1, help="Seconds that a server may say nothing.")] = 10.0,
+    retries: Annotated[int, _fetched(min=0, help="Of each address or shard, after the first time.")] = 1,
+    threads: Annotated[int, _fetched(min=1, help="Addresses that are asked for at once.")] = 64,
     private: Annotated[
-        Literal["refuse", "allow"],
-        typer.Option(help="Addresses of a list inside this network.", rich_help_panel=FETCHED),
+        Literal["refuse", "allow"], _fetched(help="Addresses of a list inside this network.")
     ] = "refuse",
     streaming: Annotated[
-        bool,
-        typer.Option(
-            "--streaming", help="Of hf://…: only the split, one copy, batch by batch.", rich_help_panel=FETCHED
-        ),
+        bool, _fetched("--streaming", help="Of hf://…: only the split, one copy, batch by batch.")
     ] = False,
     decisions: Annotated[
-        Path | None,
-        typer.Option(metavar="JSON", help="What you marked in the report; OUT remembers it.", rich_help_panel=KEPT),
+        Path | None, _kept(metavar="JSON", help="What you marked in the report; OUT remembers it.")
     ] = None,
     max_bad: Annotated[float, typer.Option(help="Share of unreadable inputs that is tolerated.")] = 0.01,
     memory_budget: Annotated[
@@ -254,102 +211,8 @@ def dedup(
         write_report(out, jobs=jobs)
         against_report.write_report(out, jobs=jobs)
     counts = run["counts"]
-    told = "".join(f"{line}\n" for line in dict.fromkeys(map(_describe_columns, run["layouts"])) if line)
-    told += _describe_base(run["base"]) if base else ""
-    typer.echo(json.dumps(counts) if json_ else told + _summary(run, out, report))
-    if counts["unreadable"] > max_bad * counts["rows"]:
-        raise TooManyBad(
-            f"{counts['unreadable']} of {counts['rows']} inputs are unreadable, more than --max-bad {max_bad}: "
-            f"see the rows with status in {out}/manifest"
-        )
-
-
-def _describe_columns(layout: dict) -> str:
-    """Which columns were read; nothing for images and tar shards."""
-    if layout["image_column"] is None:
-        return ""
-    caption = layout["caption_column"] or "no column (--caption-column names one)"
-    key = layout["id_column"] or ("the path" if layout["format"] == "table" else "the number of the row")
-    return f"Columns: images in {layout['image_column']}, captions in {caption}; key of a row: {key}."
-
-
-def _describe_base(base: dict) -> str:
-    """What a run took over from its base, in a line or two."""
-    again = " but hashed again, because library versions differ" if base["hashed_again"] else ""
-    text = f"Base: {base['known']:,} images were known{again}, {base['published']:,} of them published: those stay.\n"
-    if base["gone"]:
-        text += f"{base['gone']:,} images of the base are gone from SRC, {base['kept_gone']:,} of them kept ones.\n"
-    return text
-
-
-def _describe_external(counts: dict) -> list[str]:
-    """What was dropped for pictures outside of the dataset."""
-    gone = counts["external"]
-    went = f"{gone['rows']:,} images were dropped for pictures outside, {gone['matched']:,} as copies of them"
-    went += f", {gone['rows'] - gone['matched']:,} with their group"
-    lines = [went + (f"; {gone['published']:,} of them were published before." if gone["published"] else ".")]
-    for other in counts["against"]:
-        splits = [f"{source} {n['copies']:,} of {n['pictures']:,}" for source, n in other["splits"].items()]
-        lines.append(
-            f"  {other['against']}: {other['copies']:,} of {other['pictures']:,} pictures stand in SRC"
-            + (f" ({', '.join(splits)})" if len(splits) > 1 else "")
-            + f"; {other['same_scene']:,} same scene, {other['look_alike']:,} look-alike: nothing dropped for those."
-        )
-    return lines
-
-
-def _describe_leak(scopes: list[str], pictures: int, rows: list[int]) -> str:
-    a, b = (f"{count:,} of {scope}" for count, scope in zip(rows, scopes, strict=True))
-    are = "picture is" if pictures == 1 else "pictures are"
-    return f"{pictures:,} {are} kept in {scopes[0]} and in {scopes[1]} ({a}, {b})"
-
-
-def _summary(run: dict, out: Path, report: bool) -> str:
-    counts, level = run["counts"], run["options"]["level"]
-    what = f"duplicate{'' if counts['dropped'] == 1 else 's'} dropped"
-    what = "dropped" if "external" in counts else what
-    share = counts["dropped"] / max(1, counts["rows"])
-    saved = counts["bytes_dropped"] / 1e6
-    look_alikes = counts["pairs"].get("look-alike", 0)
-    captions = {name: f"{count['cases']:,}" for name, count in counts["captions"].items()}
-    scenes = counts["pairs"].get("same-scene", 0)
-    lines = [
-        f"{counts['rows']:,} images: {counts['kept']:,} kept, {counts['dropped']:,} {what} "
-        f"({share:.1%}, {saved:,.1f} MB), {counts['unreadable']:,} unreadable. Level: {level}.",
-        f"{look_alikes:,} look-alike and {scenes:,} same-scene pairs were kept; "
-        f"{counts['without_caption']:,} images have no caption.",
-        f"Captions: {captions['same_image_same_caption']} repeat with the same image (the strongest risk), "
-        f"{captions['same_image_other_captions']} images have several, "
-        f"{captions['same_caption_other_images']} captions stand with several images.",
-        f"Kept rows: {out / 'deduplicated.parquet'}",
-    ]
-    if told := counts.get("decisions"):
-        absent = f" {told['absent']:,} more name pictures that are not there." if told["absent"] else ""
-        lines.append(f"Marked by hand: {told['copy']:,} copies, {told['not_a_copy']:,} that are none.{absent}")
-    if counts["rows_at_limit"]:
-        lines.append(f"{counts['rows_at_limit']:,} images are near 64 others or more: compared with the first 64 only.")
-    if subjects := counts.get("subjects"):
-        most = subjects["rows_per_subject"]["most"]
-        lines.append(
-            f"{subjects['subjects']:,} persons on {subjects['rows']:,} images, at most {most:,} of one"
-            f"{' (is that a placeholder?)' if 2 * most > counts['rows'] else ''}; "
-            f"{subjects['copies_across']:,} copies stand with two persons."
-        )
-    if series := counts.get("copy_search", {}).get("series"):
-        lines.append(f"{series:,} images resemble many others (a series): only what agrees everywhere is a copy there.")
-    if "external" in counts:
-        lines += _describe_external(counts)
-    if losses := counts["losses"]:
-        named = ", ".join(f"{loss['scope']} ({1 - loss['kept'] / loss['rows']:.0%})" for loss in losses[:NAMED])
-        more = f" and {len(losses) - NAMED:,} more" if len(losses) > NAMED else ""
-        lines.append(f"Alarm: {named}{more} lost more than {run['options']['max_loss']:.0%} (--max-loss).")
-    if leakage := counts["leakage"]:
-        named = "; ".join(_describe_leak(**leak) for leak in leakage[:NAMED])
-        word = "Leakage" if run["options"]["per"] == "split" else "Kept in several"
-        lines.append(f"{word}: {named}. Listed in {out / 'leakage.csv'}")
-    if report:
-        lines.append(f"Report:    {out / 'report' / 'index.html'}")
-    return "\n".join(lines)
+    typer.echo(json.dumps(counts) if json_ else summary.describe_run(run, out, report=report))
+    _check_bad(counts["unreadable"], counts["rows"], max_bad, f"{out}/manifest")
 
 
 @app.command()
@@ -384,28 +247,8 @@ def match(
     )
     counts = found["counts"]
     page = write_report(out, jobs=jobs) if report else None
-    typer.echo(json.dumps(counts) if json_ else _summarise_matches(counts, out, page))
-    if counts["unreadable"] > max_bad * counts["pictures"]:
-        raise TooManyBad(
-            f"{counts['unreadable']} of {counts['pictures']} inputs are unreadable, more than --max-bad {max_bad}: "
-            f"see the rows with status in {out}/queries.parquet"
-        )
-
-
-def _summarise_matches(counts: dict, out: Path, page: Path | None) -> str:
-    lines = [
-        f"Looked up: {counts['pictures']:,}; copy: {counts['copies']:,} (of {counts['matched']:,} in OUT), same scene: "
-        f"{counts['same_scene']:,}, look-alike: {counts['look_alike']:,}, none: {counts['none']:,}, unreadable: "
-        f"{counts['unreadable']:,}.",
-        f"Matches: {out / 'matches.parquet'}, {out / 'matches.csv'}",
-    ]
-    if counts["unknown_prompts"]:
-        lines.append(
-            f"{counts['unknown_prompts']:,} of {counts['prompts']:,} prompts name pictures that are not there."
-        )
-    if page is not None:
-        lines.append(f"Report:  {page}")
-    return "\n".join(lines)
+    typer.echo(json.dumps(counts) if json_ else summary.describe_matches(counts, out, page))
+    _check_bad(counts["unreadable"], counts["pictures"], max_bad, f"{out}/queries.parquet")
 
 
 @app.command()
@@ -433,14 +276,7 @@ def export(
 
     where = choose_address(engine, address)
     counts = export_rows(out, dest, Options(format_, rows, alpha, captions), jobs=jobs, address=where)
-    beside = f", {counts['exported_beside']:,} more in samples of theirs" if counts.get("exported_beside") else ""
-    without = f" {counts['without_url']:,} have no address." if counts.get("without_url") else ""
-    left = counts.get("columns_left")
-    left_ = f" {format_} cannot hold the columns {', '.join(left)}: parquet can." if left else ""
-    members = counts.get("members_left")
-    left_ += f" Members {', '.join(members)} of samples stay behind: --format same keeps them." if members else ""
-    text = f"{counts['exported']:,} of {counts['rows']:,} rows exported{beside}: {dest}.{without}{left_}"
-    typer.echo(json.dumps(counts) if json_ else text)
+    typer.echo(json.dumps(counts) if json_ else summary.describe_export(counts, dest, format_))
 
 
 @app.command()

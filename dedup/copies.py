@@ -6,9 +6,7 @@ row whose partner was dropped is compared with the row that it was dropped to, b
 """
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +14,20 @@ import numpy as np
 import polars as pl
 
 from dedup import (
-    clustering,
     embedding,
     engine,
+    evidence,
     features,
-    frames,
+    gaps,
     geometry,
-    images,
     look,
     manifest,
     overlay,
     twins,
     vectors,
-    verify,
     vocabulary,
 )
-from dedup.fingerprint import DecodeOptions
-from dedup.manifest import ORIENTATIONS, Schema
+from dedup.manifest import Schema
 from dedup.reader import ITEMS, ROWS, Reader
 
 ALL_PAIRS = 64  # pictures of which all pairs are candidates: too few to learn a vocabulary from
@@ -40,11 +35,7 @@ CHANCE_PICTURES, CHANCE_PAIRS = 300, 300  # of a cell, taken at random, to know 
 CHANCE_FEWEST = 100  # pairs; smaller cells are as all of them together
 SERIES = 0.1  # share of them with a few features in common: photographs 0.013, emoji 0.06, solar cells 0.16
 MIN_SIDE = 32  # pixels: smaller pictures hold too little to tell a copy from a look-alike
-PICTURE = 256  # JPEGs may be decoded at reduced scale down to this side before they are laid over each other
-REMEMBERED = 8  # pictures that a worker keeps decoded while it compares pairs
 CANDIDATE: Schema = {"a": pl.Int64, "b": pl.Int64, "cosine": pl.Float64, "score": pl.Float64, "mirrored": pl.Boolean}
-MATCH: Schema = {"orientation": pl.String, "inliers": pl.Int32, "transform": pl.List(pl.Float64)}
-VERDICT: Schema = {"class": pl.String, "score": pl.Float64, "overlap": pl.Float64}
 
 
 def check_encoder(name: str, weights: str | None, sha256: str | None) -> None:
@@ -65,18 +56,20 @@ class CopySearch:
     encoder: str
     weights: tuple[str | None, str | None]  # where they are, and their SHA-256; None: as installed
     max_false_pairs: float | None  # unrelated pairs that may be compared; None: three a picture
-    stores: list[tuple[np.ndarray, list[Path], int]] = field(default_factory=list)  # ids, files, rows of a file
+    stores: list[tuple[list[Path], int]] = field(default_factory=list)  # files of features, and rows of a file
     stars: pl.Series | None = None  # cluster_id by the default policies, if others decide: what is searched is the same
     compared: pl.DataFrame | None = None
     random: pl.DataFrame | None = None  # pairs a, b of representatives, with their score
     near: pl.DataFrame | None = None  # CANDIDATEs of the search
     strict: np.ndarray = field(init=False)  # bool (rows,): see `_find_series`
+    stored: np.ndarray = field(init=False)  # int32 (rows, 2): which of the stores, from 1 on, and number in it; 0: none
     counts: dict[str, Any] = field(default_factory=dict)  # for run.json
     seconds: dict[str, float] = field(default_factory=dict)  # by part of the work
     known: dict[str, tuple[Path, int]] = field(default_factory=dict)  # features of an earlier run, by sha256
 
     def __post_init__(self) -> None:
         self.strict = np.zeros(len(self.rows), bool)
+        self.stored = np.zeros((len(self.rows), 2), np.int32)
 
     def find(self, pairs: pl.DataFrame, decisions: pl.DataFrame, rank: pl.Series) -> pl.DataFrame:
         """New rows of the pairs table (`manifest.PAIRS_SCHEMA`), signal `copy`: their features agree; see `confirm`."""
@@ -86,7 +79,7 @@ class CopySearch:
             near = self._search(decisions["cluster_id"] if self.stars is None else self.stars)
             self.compared = near.select("a", "b").clear()
         else:
-            near = bridges(pairs, decisions, rank, self.rows["scope"])
+            near = gaps.bridges(pairs, decisions, rank, self.rows["scope"])
         for known in (self.compared, copied):
             near = near.join(known, on=["a", "b"], how="anti", maintain_order="left")
         self.compared = pl.concat([self.compared, near.select("a", "b")])
@@ -107,13 +100,14 @@ class CopySearch:
     def _match(self, candidates: pl.DataFrame) -> pl.DataFrame:
         def make_items(numbers: list[int]) -> list[tuple]:
             asked = candidates[numbers]
-            places = self._places(asked)
-            return [(*places[a], *places[b], hint) for a, b, hint in asked.select("a", "b", "mirrored").iter_rows()]
+            places = self._places(asked.select("a", "b").to_numpy().ravel())
+            return [(*a, *b, hint) for a, b, hint in zip(places[::2], places[1::2], asked["mirrored"], strict=True)]
 
         of_a, of_b = (self.rows["sha256"].gather(candidates[end]) for end in "ab")
         keys = list(zip(of_a, of_b, candidates["mirrored"], strict=True))
         with engine.timed(self.seconds, "match"):
-            return pl.DataFrame(self.reader.ask(match_pairs, keys, make_items), schema=MATCH, orient="row")
+            found = self.reader.ask(evidence.match_pairs, keys, make_items)
+        return pl.DataFrame(found, schema=evidence.MATCH, orient="row")
 
     def confirm(self, pairs: pl.DataFrame) -> pl.DataFrame:
         """The pairs with what a look at their pictures says: class (null: nothing), score, overlap."""
@@ -123,8 +117,8 @@ class CopySearch:
         items = [(x, y, *match, is_strict) for x, y, match, is_strict in zip(a, b, matches, strict, strict=True)]
         keys = [(a[-1], b[-1], *asked) for a, b, *asked in items]
         with engine.timed(self.seconds, "lay over"):
-            found = self.reader.ask(judge_pairs, keys, lambda numbers: [items[n] for n in numbers])
-        judged = pl.DataFrame(found, schema=VERDICT, orient="row")
+            found = self.reader.ask(evidence.judge_pairs, keys, lambda numbers: [items[n] for n in numbers])
+        judged = pl.DataFrame(found, schema=evidence.VERDICT, orient="row")
         return pairs.with_columns(judged.get_columns())
 
     def forget(self) -> None:
@@ -241,176 +235,36 @@ class CopySearch:
         """Vectors of the pictures and of their mirror images, float16 (n, d) each."""
         paths = self._extract(chosen)
         step = -(-len(chosen) // vocabulary.SAMPLE)
-        sample = [features.unpack(_open(paths[n // ROWS])[n % ROWS]) for n in range(0, len(chosen), step)]
-        learned = vocabulary.learn(sample)
+        sample = (evidence.open_features(paths[n // ROWS])[n % ROWS] for n in range(0, len(chosen), step))
+        learned = vocabulary.learn([features.unpack(record) for record in sample])
         path = self.out / "embeddings" / "local" / "vocabulary.npz"
         digest = vocabulary.save(path, learned)
         items = [(part, path, digest) for part in paths]
-        encoded = np.concatenate(list(self.reader.workers.run(encode_features, items)), axis=1)
+        encoded = np.concatenate(list(self.reader.workers.run(evidence.encode_features, items)), axis=1)
         meta = {"encoder": "local", "weights_sha256": digest, "preprocessing": vocabulary.DESCRIPTION}
         return meta | {"dimension": encoded.shape[2]}, encoded[0], encoded[1]
 
     def _extract(self, chosen: pl.DataFrame, each: int = ROWS) -> list[Path]:
         folder = f"features-{len(self.stores)}"
-        paths = self.reader.write_parts(folder, chosen, extract_features, each=each, known=self.known)
-        self.stores.append((chosen["id"].to_numpy(), paths, each))
+        paths = self.reader.write_parts(folder, chosen, evidence.extract_features, each=each, known=self.known)
+        self.stores.append((paths, each))
+        ids = chosen["id"].to_numpy()
+        self.stored[ids, 0], self.stored[ids, 1] = len(self.stores), np.arange(len(ids))
         return paths
 
-    def _places(self, candidates: pl.DataFrame) -> dict[int, tuple[Path, int]]:
+    def _places(self, ids: np.ndarray) -> list[tuple[Path, int]]:
         """Where the features of these rows are: file, and number in it. Extracted now where they are not."""
-        wanted = np.unique(np.concatenate([candidates["a"].to_numpy(), candidates["b"].to_numpy()]))
-        missing = np.setdiff1d(wanted, np.concatenate([np.zeros(0, np.int64), *(ids for ids, _, _ in self.stores)]))
+        missing = np.unique(ids[self.stored[ids, 0] == 0])
         if len(missing):
             self._extract(self.rows[missing.tolist()], ITEMS)  # so few that all workers should have some
-        return {
-            row: (paths[number // each], number % each)
-            for ids, paths, each in self.stores
-            for number, row in enumerate(ids.tolist())
-        }
+        places = []
+        for store, number in self.stored[ids].tolist():
+            paths, each = self.stores[store - 1]
+            places.append((paths[number // each], number % each))
+        return places
 
 
 def _by_id(pairs: pl.DataFrame, ids: np.ndarray) -> pl.DataFrame:
     """Row numbers i, j → ids a, b."""
     numbers = pl.Series(ids)
     return pairs.with_columns(a=numbers.gather(pairs["i"]), b=numbers.gather(pairs["j"])).drop("i", "j")
-
-
-def bridges(
-    pairs: pl.DataFrame, decisions: pl.DataFrame, rank: pl.Series, scope: pl.Series | None = None
-) -> pl.DataFrame:
-    """Candidates (a, b; cosine and mirrored null): kept rows that may be upright copies, though nobody has looked.
-
-    A kept row that matches a dropped one may match what that was dropped to. Kept rows that are turned against the
-    keeper of their star in the same way may be upright to each other: each is paired with the first of them in its
-    scope.
-    """
-    scope = pl.repeat("", len(decisions), eager=True) if scope is None else scope
-    equal = pairs.filter((pl.col("signal") == "bytes") & (scope.gather(pairs["a"]) == scope.gather(pairs["b"])))
-    a_first = rank.gather(equal["a"]) < rank.gather(equal["b"])
-    follows = pl.select(pl.when(a_first).then(equal["b"]).otherwise(equal["a"])).to_series()  # see judge.share_fate
-    copies = pairs.with_row_index("pair").filter(pl.col("class") == "copy")
-    ends = pl.concat([copies.select(row="a", other="b"), copies.select(row="b", other="a")])
-    kept_id, keep = decisions["kept_id"], decisions["keep"]
-    found = ends.with_columns(other=kept_id.gather(ends["other"]), keep=keep.gather(ends["row"]))
-    found = found.filter(pl.col("keep") & pl.col("other").is_not_null()).select("row", "other")
-    inverse = {name: clustering.inverse_orientation(name) for name in ORIENTATIONS}
-    turned = decisions.with_row_index("row").filter(pl.col("keep") & pl.col("pair").is_not_null())
-    turned = turned.select(pl.col("row").cast(pl.Int64), "cluster_id", pl.col("pair").cast(copies["pair"].dtype))
-    turned = turned.join(copies.select("pair", "a", "orientation"), on="pair").with_columns(
-        turn=pl.when(pl.col("row") == pl.col("a"))
-        .then("orientation")
-        .otherwise(pl.col("orientation").replace(inverse)),
-        rank=rank.gather(turned["row"]),
-        scope=scope.gather(turned["row"]),
-    )
-    first = turned.select("row", other=pl.col("row").sort_by("rank").first().over("cluster_id", "turn", "scope"))
-    near = pl.concat([found, first]).filter(
-        (pl.col("row") != pl.col("other")) & ~pl.col("row").is_in(follows.implode())
-    )
-    both = near.select(a=pl.min_horizontal("row", "other"), b=pl.max_horizontal("row", "other")).unique().sort("a", "b")
-    return both.with_columns(cosine=pl.lit(None, pl.Float64), mirrored=pl.lit(None, pl.Boolean))
-
-
-def extract_features(
-    src: Path, rows: list[tuple], path: Path, options: DecodeOptions, known: list[tuple[Path, int] | None]
-) -> None:
-    """Write `features.RECORD` (rows,) to `path`, unless it is there. known: where the record of each row is already."""
-    if path.exists():
-        return
-    records = np.zeros(len(rows), features.RECORD)
-    for number, (row, place) in enumerate(zip(rows, known, strict=True)):
-        if place is not None:
-            records[number] = _open(place[0])[place[1]]
-            continue
-        picture = look.read_again(src, row, options, min_side=features.SIDE)
-        records[number] = features.pack(features.extract(picture.pixels))
-    vectors.save(path, records)
-
-
-def encode_features(path: Path, learned: Path, digest: str) -> np.ndarray:
-    """Features of a file → float16 (2, rows, d): the pictures, and their mirror images."""
-    words = vocabulary.load(learned, digest)
-    found = [features.unpack(record) for record in np.load(path)]
-    upright = [words.encode(each) for each in found]
-    mirrored = [words.encode(features.mirror(each)) for each in found]
-    return np.array([upright, mirrored], np.float16)
-
-
-def match_pairs(src: Path, pairs: list[tuple], options: DecodeOptions) -> list[tuple]:
-    """(file and number of the features of a, of b, whether a is mirrored, if known) → MATCH; nulls where none holds."""
-    results: list[tuple] = []
-    for path_a, number_a, path_b, number_b, mirrored in pairs:
-        a, b = (features.unpack(_open(path)[number]) for path, number in ((path_a, number_a), (path_b, number_b)))
-        found = geometry.match(a, b, mirrored)
-        if found is None:
-            results.append((None, 0, None))
-        else:
-            name = ORIENTATIONS[geometry.orientation(found)]
-            results.append((name, found.inliers, found.transform.ravel().tolist()))
-    return results
-
-
-@lru_cache(256)
-def _open(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r")
-
-
-type Load = Callable[[int], images.Decoded]  # least side to decode at → picture
-
-
-def judge(load_a: Load, load_b: Load, found: geometry.Match, *, strict: bool) -> tuple[str | None, float, float]:
-    """Class (null: nothing), score and overlap of two pictures whose features match.
-
-    Drawings, and pictures too small to show details, are compared in all they have: as at hash level when both show the
-    same, else where they overlap.
-    """
-    pixels_a, pixels_b = load_a(PICTURE).pixels, load_b(PICTURE).pixels
-    strict |= min(max(pixels_a.shape), max(pixels_b.shape)) < overlay.SIDE
-    alignment = overlay.align(pixels_a, pixels_b, found)
-    kind = overlay.classify(found, alignment, strict=strict)
-    if kind is not None and overlay.needs_close_look(found, alignment, strict=strict):
-        a, b = load_a(look.CLOSE_SIDE), load_b(look.CLOSE_SIDE)
-        if alignment.covered >= overlay.SAME_FRAME:
-            kind = "copy" if verify.is_same_picture(b, a, geometry.orientation(found)) else "look-alike"
-        elif kind == "copy" and not verify.is_close(*overlay.lay_closely(a.pixels, b.pixels, found), verify.MAX_LOSSY):
-            kind = "look-alike"
-    return kind, alignment.score, alignment.overlap
-
-
-def judge_pairs(src: Path, pairs: list[tuple], options: DecodeOptions) -> list[tuple]:
-    """(location of a, of b, orientation, inliers, transform, strict) → VERDICT."""
-    load = lru_cache(REMEMBERED)(lambda row, side: look.read_again(src, row, options, min_side=side))
-    results = []
-    for row_a, row_b, name, inliers, transform, strict in pairs:
-        found = geometry.Match(np.array(transform).reshape(3, 3), name.startswith("m"), inliers)
-        kind, *evidence = judge(partial(load, row_a), partial(load, row_b), found, strict=strict)
-        if kind == "copy" and not _holds_in_full(load(row_a, PICTURE), load(row_b, PICTURE), found, strict=strict):
-            kind = "look-alike"
-        results.append((kind, *evidence))
-    return results
-
-
-def _holds_in_full(a: images.Decoded, b: images.Decoded, found: geometry.Match, *, strict: bool) -> bool:
-    """Whether two copies are so in each frame and at full depth.
-
-    The match is of montages: a frame is put there as often as they have frames, and so lies where it lay.
-    """
-    if a.file is None and b.file is None:
-        return True
-    shown = max(1, round(a.pixels.shape[0] / a.height))
-    try:
-        for pair in frames.pair_frames(a, b):
-            x, y = (_as_still(np.concatenate([pixels] * shown)) for pixels in pair)
-            if judge(partial(_give, x), partial(_give, y), found, strict=strict)[0] != "copy":
-                return False
-    except images.ImageError:
-        return False
-    return True
-
-
-def _give(picture: images.Decoded, side: int) -> images.Decoded:
-    return picture
-
-
-def _as_still(pixels: np.ndarray) -> images.Decoded:
-    return images.Decoded(pixels, pixels.shape[1], pixels.shape[0], "JPEG")

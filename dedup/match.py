@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from dedup import copies, engine, features, geometry, hashing, images, look, manifest, overlay, vectors
+from dedup import copies, engine, evidence, features, geometry, hashing, images, look, manifest, overlay, vectors
 from dedup.index import Dataset, Index, fold
 from dedup.index import load as load
 from dedup.manifest import ORIENTATIONS, Schema
@@ -84,7 +84,7 @@ def forget() -> None:
 
 
 def compare(
-    query: features.Features, load_query: copies.Load, candidates: list[tuple], dataset: Dataset
+    query: features.Features, load_query: evidence.Load, candidates: list[tuple], dataset: Dataset
 ) -> list[tuple]:
     """(location of a row, place of its features, is the query mirrored, is the row in a series) → EVIDENCE or nulls."""
     results: list[tuple] = []
@@ -95,7 +95,7 @@ def compare(
             results.append((None,) * len(EVIDENCE))
             continue
         load_row = partial(_read_row, row, dataset)
-        kind, score, overlap = copies.judge(load_query, load_row, found, strict=strict)
+        kind, score, overlap = evidence.judge(load_query, load_row, found, strict=strict)
         name = ORIENTATIONS[geometry.orientation(found)]
         results.append((kind, score, found.inliers, overlap, name, found.transform.ravel().tolist()))
     return results

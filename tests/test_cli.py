@@ -14,8 +14,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from eval.audit import QUICK, demo
-from eval.cli import _summary, app
+from eval.cli import app
 from eval.recipe import Utility
+from eval.terminal import describe_verdict
 
 ROOT = Path(__file__).parent.parent
 
@@ -154,9 +155,11 @@ def test_what_an_audit_says_in_the_terminal(tmp_path: Path) -> None:
     counts = {"both": 1, "only_a": 10, "only_b": 0, "neither": 7}
     found = {"contrast": "raw - refill", "estimate": 4 / 9, "interval": [-1e-16, 1.0], "level": 0.95, "n_pairs": 18}
     found |= {"counts": counts, "plain": {"estimate": 5 / 9}}
-    told = _summary({"primary": found, "co_primary": [], "label": "describes this"}, tmp_path)
+    told = describe_verdict({"primary": found, "co_primary": [], "label": "describes this"}, tmp_path)
     assert told.splitlines()[0] == (
         "raw gave back 11 of 18, refill gave back 1 of 18 images: a difference of +44.4 points "
         "(95% interval +0.0 … +100.0, corrected for images of few copies)"
     )
-    assert "corrected" not in _summary({"primary": found | {"plain": found}, "co_primary": [], "label": ""}, tmp_path)
+    assert "corrected" not in describe_verdict(
+        {"primary": found | {"plain": found}, "co_primary": [], "label": ""}, tmp_path
+    )

@@ -17,7 +17,9 @@ from dedup import (
     clustering,
     copies,
     embedding,
+    evidence,
     features,
+    gaps,
     geometry,
     hashing,
     manifest,
@@ -404,7 +406,7 @@ def judge_files(src: Path, first: Picture, second: Picture, quality: int) -> tup
         return None, False
     name = manifest.ORIENTATIONS[geometry.orientation(match)]
     item = (*places, name, match.inliers, match.transform.ravel().tolist(), False)
-    [(kind, score, overlap)] = copies.judge_pairs(src, [item], DecodeOptions())
+    [(kind, score, overlap)] = evidence.judge_pairs(src, [item], DecodeOptions())
     assert 0 <= min(score, overlap) <= max(score, overlap) <= 1
     return kind, True
 
@@ -471,7 +473,7 @@ def make_pairs(*rows: tuple[int, int, str]) -> pl.DataFrame:
 
 def bridged(pairs: pl.DataFrame, rank: list[int]) -> list[tuple]:
     order = pl.Series(rank)
-    return copies.bridges(pairs, clustering.decide(pairs, order), order).select("a", "b").rows()
+    return gaps.bridges(pairs, clustering.decide(pairs, order), order).select("a", "b").rows()
 
 
 def test_who_matches_a_dropped_row_may_match_its_keeper() -> None:

@@ -54,7 +54,7 @@ def extract(data: bytes, shape: tuple[int, ...]) -> Features:
 
 
 def judge(a: np.ndarray, b: np.ndarray, found: Match | None) -> str | None:
-    """As `copies.judge_pairs` does, but for the close look at drawings."""
+    """As `evidence.judge_pairs` does, but for the close look at drawings."""
     return None if found is None else overlay.classify(found, overlay.align(a, b, found))
 
 

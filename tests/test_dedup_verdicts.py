@@ -14,7 +14,7 @@ from PIL import Image
 from test_dedup_copies import write_groups
 from test_dedup_features import photograph
 
-from dedup import copies, look, manifest, pipeline, reader
+from dedup import evidence, look, manifest, pipeline, reader
 from dedup.options import Options
 from dedup.pipeline import deduplicate
 from dedup.verdicts import Verdicts
@@ -25,8 +25,8 @@ COMPARISONS = [
     (look, "digest_pixels"),
     (look, "confirm_pairs"),
     (look, "measure_detail"),
-    (copies, "match_pairs"),
-    (copies, "judge_pairs"),
+    (evidence, "match_pairs"),
+    (evidence, "judge_pairs"),
 ]
 
 
@@ -118,7 +118,7 @@ def test_a_run_that_was_killed_goes_on(
     everything = sorted(compared, key=repr)
     compared.clear()
     monkeypatch.setattr(reader, "REMEMBERED", 1)
-    for module, name, done in ((look, "confirm_pairs", 0), (copies, "match_pairs", 1)):
+    for module, name, done in ((look, "confirm_pairs", 0), (evidence, "match_pairs", 1)):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, kill_after(done, getattr(module, name)))
             with pytest.raises(KeyboardInterrupt):
