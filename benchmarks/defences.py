@@ -50,6 +50,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "weight 1/√m": {"weight_power": 0.5},
     "random tokens (RT)": {"caption_perturbation": "random-tokens", "perturbation_share": 0.4},
     "repeated words (CWR)": {"caption_perturbation": "repeat-words", "perturbation_share": 0.4},
+    "random numbers (RNA)": {"caption_perturbation": "random-numbers", "perturbation_share": 0.4},
     "random caption (RC)": {"caption_perturbation": "random-caption", "perturbation_share": 0.4},
     "Gaussian noise (GN)": {"embedding_noise": 0.1},
     "noise threshold (Wen)": {"magnitude_percentile": 90.0, "magnitude_steps": 50},
