@@ -33,7 +33,7 @@ from eval.targets import load_targets, load_yardstick
 
 DETECTORS = ("noise-magnitude", "one-step", "anisotropy")
 CONTROLS, OTHERS, TOP = 100, 10, 20
-GRID = {"spread": (1.0, 1.5, 2.0, 3.0, 4.0), "first": (1, 2, 4, 8), "near": (1.0, 1.2, 1.5, 2.0)}
+GRID = {"spread": (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0), "first": (1, 2, 4, 8), "near": (1.0, 1.2, 1.5, 2.0)}
 STEPS = 15
 NOTHING = {"extracted": False, "best_distance": 1.0, "delta": 0.0}
 ALL = 100_000
@@ -152,7 +152,7 @@ def main(
             rule, tried = tune(targets, known, n)
             print(f"tuned on seed 0 ({len(full)} extracted of {len(kinds)} prompts): {rule}")
             print("| at most, of the full schedule | most found |\n|---|---|")
-            for limit in (0.005, 0.0075, 0.01, 0.02, 0.05):
+            for limit in (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1):
                 cheap = [share for cost, share, _ in tried if cost <= limit]
                 print(f"| {limit:.2%} | {max(cheap, default=0):.0%} |")
             print("| seed | prompts | cost | found of them | more | precision |\n|---|---|---|---|---|---|")

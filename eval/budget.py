@@ -3,7 +3,7 @@
 A cheap detector first; then rounds of images, each as many as there were before, until a prompt is decided in every
 run: stopped by one run alone, the detector would decide what the comparison finds. A random part of the prompts that
 were given up gets the full schedule, which says how many extractions the rule has missed. In: runs over one OUT. Every
-number of the rule is fixed before anything is drawn; benchmarks/budget.py is to tune and judge it, and has not yet.
+number of the rule is fixed before anything is drawn; benchmarks/budget.py tunes it on one seed, judges it on others.
 
     unmemorize generate RUN_A RUN_B --budget -n 128
 """
@@ -51,13 +51,13 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """When a prompt gets images, and when it has had enough. The defaults were set by hand: not measured."""
+    """When a prompt gets images, and when it has had enough. The defaults are those of benchmarks/budget.py."""
 
     detector: str | None = "noise-magnitude"  # None: every prompt gets its first images
     noises: int = 1
-    spread: float = 3.0  # median absolute deviations (as standard deviations) above the median of all prompts
-    first: int = 4  # images before a prompt is given up
-    near: float = 2.0  # it goes on as long as its nearest image is within so many δ
+    spread: float = -0.5  # median absolute deviations (as standard deviations) above the median of all prompts
+    first: int = 1  # images before a prompt is given up
+    near: float = 1.2  # it goes on as long as its nearest image is within so many δ
     until: str = "extracted"  # or "direct": the column of the clique attack that settles a prompt
     check: float = 0.1  # share of the prompts given up that get the full schedule
 
@@ -72,7 +72,7 @@ def list_rounds(n: int) -> list[int]:
 
 
 def choose(scores: Sequence[np.ndarray], spread: float) -> np.ndarray:
-    """Scores (P,) of every run → bool (P,): far above the usual in any of them. What has no score is chosen.
+    """Scores (P,) of every run → bool (P,): so far above the usual in any of them. What has no score is chosen.
 
     In deviations from the median, because the scale of a detector is that of its model; prompts that are memorised must
     be a minority.
