@@ -137,12 +137,6 @@ def sabotage(out: Path, seed: int) -> Path:
     return spoiled
 
 
-def measure_by(run: Path, out: Path) -> None:
-    """Have RUN asked and scored by the pictures of `out`: all models of a seed by the same."""
-    config = manifest.read_json(run / "config.json")
-    manifest.write_json(run / "config.json", config | {"out": str(out)})
-
-
 @app.command("sabotage")
 def compare_sabotage(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Working folder.")],
@@ -167,7 +161,8 @@ def compare_sabotage(
             run = directory / f"{name}-{seed}"
             if not (run / "model").exists():
                 train(source, arm, TrainConfig(steps=steps, **SMALL), run, seed)
-            measure_by(run, out)
+            config = manifest.read_json(run / "config.json")  # all models of a seed are measured by the same pictures
+            manifest.write_json(run / "config.json", config | {"out": str(out)})
             generate(run, n=8, steps=8)
             attack(run)
             runs[name].append(run)

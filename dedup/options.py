@@ -68,15 +68,13 @@ def resolve_auto(level: str, encoder: str, out: Path, base: Path | None = None) 
 
 @contextmanager
 def lock(out: Path) -> Iterator[None]:
-    """One run per OUT. The lock goes with the process, however it ends; what killed writers left goes with the lock."""
+    """One run per OUT. The lock goes with the process, however it ends."""
     with (out / ".lock").open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise OutputError(f"{out} is in use by another run: wait for it or choose another -o") from error
-        manifest.sweep(out)
         yield
-        manifest.sweep(out)
 
 
 def check(out: Path, src: Path, options: Options) -> list[str]:

@@ -158,6 +158,7 @@ def deduplicate(
             if table["subject"].count():
                 counts["subjects"] = subjects.count(table, pairs)
             run = outputs.write(out, src, origin, shards, signatures, table, pairs, leaks, options, counts, about)
+        manifest.sweep(out / ".work")
         reader.verdicts.forget()
         search_copies.forget()
         seconds |= search_copies.seconds  # parts of "decide"
