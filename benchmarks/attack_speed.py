@@ -20,7 +20,8 @@ from defense.distances import scale
 from eval.calibrate import calibrate
 from eval.distances import max_tile_l2
 from eval.extraction import score_clique
-from eval.targets import REFERENCE, TARGETS, Yardstick
+from eval.reference import REFERENCE
+from eval.targets import TARGETS, Yardstick
 
 
 def make_yardstick(targets: int, reference: int, side: int) -> Yardstick:
@@ -35,6 +36,7 @@ def make_yardstick(targets: int, reference: int, side: int) -> Yardstick:
         pl.concat([pl.DataFrame(schema=REFERENCE), named], how="diagonal"),
         pixels,
         own=np.eye(targets, reference, dtype=bool),
+        left_out=np.full(targets, np.inf, np.float32),
     )
 
 

@@ -30,7 +30,7 @@ ADAPTIVE: dict[str, pl.DataType | type[pl.DataType]] = {
     "best_ratio": pl.Float64,  # smallest of the generations nearest to the target; null when there are none
     "best_distance": pl.Float64,  # of the nearest generation to the target
     "best_file": pl.String,
-    "given_back": pl.List(pl.Int64),  # rows of `targets.load_reference`, one for each generation that is a copy
+    "given_back": pl.List(pl.Int64),  # rows of `reference.load_reference`, one for each generation that is a copy
     "from_any": pl.Int64,  # generations for ANY prompt of the run that give back the target
     "extracted": pl.Boolean,  # from_any > 0
 }

@@ -30,9 +30,9 @@ from eval.detectors import detect
 from eval.extraction import attack, clique_threshold, read_generations
 from eval.generate import generate, list_asked
 from eval.labels import write_labels
+from eval.reference import TargetError
 from eval.stats import risk_difference
 from eval.summary import count_by_caption, describe_scores, summarise_scores
-from eval.targets import TargetError
 
 CONTROLS = "controls"  # in DIR: the dedup run over pictures that the model never saw
 

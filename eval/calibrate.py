@@ -67,8 +67,9 @@ def calibrate(yardstick: Yardstick, family: str | None = None) -> Calibration:
     """δ of every target, and the edge threshold of the clique attack. Raises CalibrationError.
 
     δ of a target is half its distance to the nearest other picture or the mirror image of one, at most 0.15. By the
-    triangle inequality, a generation within δ is then nearer to the target than to any other picture. The
-    target's own mirror image is no other picture: with it, a symmetric one could never be matched.
+    triangle inequality, a generation within δ is then nearer to the target than to any other picture. Rows of its own
+    component are no others, those of other components all are, whether or not they stand in the reference. The target's
+    own mirror image is no other picture: with it, a symmetric one could never be matched.
     Edge threshold: the 0.1 % quantile of the largest tile distance between pictures with different captions.
     Carlini et al. publish none; generations for members must not set it.
     Cut of the adaptive ratio: the 0.1 % quantile among pictures that stand nowhere else, at most 1.
@@ -76,8 +77,7 @@ def calibrate(yardstick: Yardstick, family: str | None = None) -> Calibration:
     reference = scale(yardstick.reference_pixels)
     if len(reference) < 3:
         raise CalibrationError(f"{len(reference)} distinct pictures in the dataset are too few to set a threshold")
-    others = np.where(yardstick.own, np.inf, flip_min(scale(yardstick.target_pixels), reference)).min(axis=1)
-    delta = np.minimum(DELTA, others / 2)
+    delta = np.minimum(DELTA, measure_others(yardstick) / 2)
     digests = np.array([hashlib.sha256(pixels.tobytes()).hexdigest() for pixels in yardstick.reference_pixels])
     chosen = np.argsort(digests, kind="stable")[:SAMPLE]  # random, yet fixed by the pictures
     unrelated = _list_unrelated(yardstick.reference["caption"].gather(chosen))
@@ -107,14 +107,20 @@ def calibrate(yardstick: Yardstick, family: str | None = None) -> Calibration:
     )
 
 
+def measure_others(yardstick: Yardstick) -> np.ndarray:
+    """float32 (targets,): distance of each to the nearest picture of the original data that is not its own."""
+    distances = flip_min(scale(yardstick.target_pixels), scale(yardstick.reference_pixels))
+    return np.minimum(np.where(yardstick.own, np.inf, distances).min(axis=1), yardstick.left_out)
+
+
 def measure_controls(
-    calibration: Calibration, images: list[np.ndarray], own: np.ndarray, held_out: np.ndarray, reference: np.ndarray
+    calibration: Calibration, images: list[np.ndarray], own: np.ndarray, held_out: np.ndarray, others: np.ndarray
 ) -> Calibration:
     """The calibration with what generations for controls say of it: `controls`, and a smaller edge threshold if needed.
 
     images: for each prompt float32 (G, R, R, 3), G alike but for those without finite numbers, prompts of all models.
-    own: int64 (P,), the prompt's own picture in held_out, uint8 (T, R, R, 3), which no model was trained on. reference:
-    uint8, what was trained on. Every match is false. The unit is the prompt with all its generations.
+    own: int64 (P,), the prompt's own picture in held_out, uint8 (T, R, R, 3), which no model was trained on. others:
+    `measure_others` of those pictures. Every match is false. The unit is the prompt with all its generations.
 
     targeted: prompts whose generations come within the δ of their own picture; and, one picture after the other, of a
     picture in turn that is not theirs (T trials). global: the largest δ at which at most one prompt in a thousand has a
@@ -123,9 +129,8 @@ def measure_controls(
     """
     from eval import metrics
 
-    pictures, trained = scale(held_out), scale(reference)
-    others = np.minimum(_nearest(pictures, trained), _nearest_other(pictures))
-    delta = np.minimum(DELTA, others / 2)
+    pictures = scale(held_out)
+    delta = np.minimum(DELTA, np.minimum(others, _nearest_other(pictures)) / 2)
     best = np.stack(
         [l2(each, pictures).min(axis=0) if len(each) else np.full(len(pictures), np.inf) for each in images]
     )
@@ -134,7 +139,7 @@ def measure_controls(
     tried = own[turn] != np.arange(len(pictures))
     any_other = best.copy()
     any_other[np.arange(len(images)), own] = np.inf
-    nearest = any_other[:, : len(trained)].min(axis=1)
+    nearest = any_other[:, : calibration.n_reference].min(axis=1)
     allowed = math.floor(FALSE_RATE * len(images))
     largest = np.nextafter(np.sort(nearest)[allowed], 0) if np.isfinite(nearest).any() else DELTA
     values = sorted({*LITERATURE, *WEBSTER}, reverse=True)
@@ -153,7 +158,7 @@ def measure_controls(
         "other_picture": rate((foreign <= delta)[tried]),
         "delta_global": _round(min(DELTA, math.floor(1e6 * largest) / 1e6)),
         "any_picture": rate(nearest <= largest),
-        "compared_with": min(len(trained), len(pictures)),
+        "compared_with": min(calibration.n_reference, len(pictures)),
         "literature": [
             {"delta": value, "other_picture": rate((foreign <= value)[tried]), "any_picture": rate(nearest <= value)}
             for value in values
@@ -163,11 +168,6 @@ def measure_controls(
     }
     edges = [value for value in (calibration.delta_edge, edge) if value is not None]
     return replace(calibration, delta_edge=min(edges), controls=measured)
-
-
-def _nearest(pictures: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """float32 (T,): distance to the nearest of the others or their mirror images."""
-    return flip_min(pictures, others).min(axis=1)
 
 
 def _nearest_other(pictures: np.ndarray) -> np.ndarray:

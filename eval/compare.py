@@ -21,7 +21,7 @@ from eval.contrasts import AT_LEAST
 from eval.extraction import SCORES
 from eval.generate import read_config, read_reconstruction
 from eval.recipe import Utility
-from eval.targets import read_plant
+from eval.reference import read_plant
 from eval.unprompted import SCORES as UNPROMPTED
 from eval.unprompted import read_unprompted
 from eval.utility import judge_utility

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from eval.calibrate import Calibration, CalibrationError, calibrate, freeze, measure_controls
+from eval.calibrate import Calibration, CalibrationError, calibrate, freeze, measure_controls, measure_others
 from eval.extraction import find_controls, read_generations, read_images
 from eval.generate import read_config
-from eval.targets import load_pixels, load_targets, load_yardstick
+from eval.targets import load_targets, load_yardstick
 
 MOST = 2_000  # held-out pictures that are compared: beside those that were asked for, so many in all
 WANTED = 1_000  # held-out pictures: fewer bound a rate of false matches above 1 in 300
@@ -40,10 +40,6 @@ def calibrate_runs(runs: Sequence[Path]) -> Calibration:
     config, generations = configs[0], tables[0]
     out, resolution, held_out = Path(config["out"]), config["config"]["resolution"], config["config"]["held_out"]
     controls = find_controls(generations)
-    yardstick = load_yardstick(
-        out, resolution, only=generations["prompt_id"].unique(), held_out=held_out, controls=controls
-    )
-    plain = calibrate(yardstick, config.get("pipeline"))
     unseen = load_targets(out, limit=None, held_out=held_out, controls=controls).filter(prompt_kind="control")
     asked = generations.filter(prompt_kind="control")["prompt_id"].unique(maintain_order=True).to_list()
     if not asked:
@@ -54,6 +50,10 @@ def calibrate_runs(runs: Sequence[Path]) -> Calibration:
     unseen = unseen.sort(~pl.col("target_id").is_in(asked), pl.col("sha256").str.reverse(), "target_id")
     unseen = unseen.head(max(MOST, len(asked)))
     place = {name: number for number, name in enumerate(unseen["target_id"])}
+    names = pl.concat([generations["prompt_id"], unseen["target_id"]]).unique()
+    yardstick = load_yardstick(out, resolution, only=names, held_out=held_out, controls=controls)
+    is_asked = yardstick.targets["target_id"].is_in(generations["prompt_id"].implode())
+    plain = calibrate(yardstick.select(yardstick.targets["target_id"].filter(is_asked)), config.get("pipeline"))
     images, own = [], []
     for run, table in zip(runs, tables, strict=True):
         made = table.filter(prompt_kind="control", status="ok").partition_by("prompt_id", as_dict=True)
@@ -63,8 +63,8 @@ def calibrate_runs(runs: Sequence[Path]) -> Calibration:
                 read_images(run, mine["file"] if mine is not None else pl.Series([], dtype=pl.String), resolution)
             )
             own.append(place[name])
-    pixels = load_pixels(out, unseen, resolution)
-    measured = measure_controls(plain, images, np.array(own), pixels, yardstick.reference_pixels)
+    free = yardstick.select(unseen["target_id"])
+    measured = measure_controls(plain, images, np.array(own), free.target_pixels, measure_others(free))
     n = generations["n"][0]
     counted = {"generations": n, "nan": n * len(images) - sum(map(len, images))}
     measured = replace(measured, controls=(measured.controls or {}) | counted)

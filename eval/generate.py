@@ -24,7 +24,8 @@ from dedup import cluster, manifest
 from dedup.engine import available_cpus
 from defense.sample import digest_model
 from eval.prompts import GIVEN, list_captions
-from eval.targets import load_pixels, load_targets
+from eval.reference import load_pixels
+from eval.targets import load_targets
 
 if TYPE_CHECKING:
     from defense.guards import Drawn, Sampler

@@ -19,9 +19,9 @@ from dedup.options import list_versions
 from eval.extraction import read_images
 from eval.generate import read_config
 from eval.precision import LEVEL, SampleError
+from eval.reference import load_pixels
 from eval.review import read_labels, write_page
 from eval.stats import clopper_pearson
-from eval.targets import load_pixels
 
 SCORES = "scores-clique.parquet"
 SIDE = 384  # pixels that small pictures are enlarged to, each pixel a square

@@ -27,8 +27,9 @@ from eval.denoiser import Denoiser, open_denoiser
 from eval.generate import derive_seed, digest_model, read_config
 from eval.inference import infer_dataset, orient
 from eval.prompts import list_prompts
+from eval.reference import load_pixels
 from eval.stats import plain
-from eval.targets import load_pixels, load_targets
+from eval.targets import load_targets
 
 if TYPE_CHECKING:
     from torch import Tensor

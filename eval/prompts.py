@@ -9,7 +9,7 @@ import polars as pl
 
 from dedup import manifest
 from dedup.policy import has_caption
-from eval.targets import TargetError, load_reference, read_plant
+from eval.reference import TargetError, load_reference, read_plant
 
 KINDS = ("survivor", "dropped", "null")  # of captions: the keeper's own, those of the rows it stands for, none
 GIVEN = "given"  # by a file of prompts

@@ -1,25 +1,35 @@
-"""Which images are attacked, and what a generation is compared with. Both depend on OUT alone, never on an arm.
+"""Which images are attacked, and all that a generation for them is measured against. Depends on OUT, never on an arm.
 
-In: a dedup run OUT and, when it is a planted dataset, the truth in OUT/plant.parquet. Out: two tables and their
-pixels. The yardstick is not the tool under test: planted copies leave the reference by that truth, so a
-copy that deduplication has missed does not count as another picture. Knows nothing of models.
+In: a dedup run OUT and, when it is a planted dataset, the truth in OUT/plant.parquet. Out: a table of targets, and with
+the reference and the pixels of both the yardstick. Knows nothing of models.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import polars as pl
 
-from dedup import images, manifest, sources
-from dedup.hashing import digest
+from dedup import manifest
 from dedup.policy import has_caption
+from eval.reference import (
+    CANARIES,
+    LOCATION,
+    SPARE,
+    TargetError,
+    load_pixels,
+    load_reference,
+    measure_left_out,
+    read_folder,
+    read_plant,
+    remove_planted,
+    source_of,
+)
 
 STRATA = (2, 3, 5, 10, 20, 50, 100)  # multiplicities at which another stratum begins
 ORDERS = ("stratified", "most-duplicated")
-CANARIES, SPARE = "canaries", "spare"  # folders of a planted dataset: the originals, and images for the refill
-LOCATION = ("shard", "offset", "size", "key", "sha256")
 
 TARGETS: dict[str, pl.DataType | type[pl.DataType]] = {
     "target_id": pl.String,  # key of the canary, or "row-" and the start of the sha256 of the image
@@ -32,16 +42,6 @@ TARGETS: dict[str, pl.DataType | type[pl.DataType]] = {
     **{name: manifest.SCHEMA[name] for name in LOCATION},
     "root": pl.String,  # absolute path of what the location lies in; null: the source of OUT
 }
-REFERENCE: dict[str, pl.DataType | type[pl.DataType]] = {
-    "kind": pl.String,  # "dataset", "canary", "spare"
-    "component_id": pl.Int64,  # null for canaries and spares
-    "caption": pl.String,
-    **{name: manifest.SCHEMA[name] for name in LOCATION},
-}
-
-
-class TargetError(ValueError):
-    """Nothing to attack, or a planted dataset that is not complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +63,22 @@ class Yardstick:
     reference: pl.DataFrame
     reference_pixels: np.ndarray
     own: np.ndarray  # bool (targets, reference): shows the picture of the target, or belongs to its component
+    left_out: np.ndarray  # float32 (targets,): distance to the nearest row that `reference` leaves out, not their own
     masks: np.ndarray | None = None  # bool (targets, R, R): the template of each, for the attack that needs them
     partners: np.ndarray | None = None  # int64 (targets,): pictures that the mask was made of
     embedded: Embedded | None = None  # the reference, for the attack that compares embeddings
+
+    def select(self, names: Iterable[str]) -> Self:
+        """The same for some of the targets, in the order of their target_ids."""
+        place = {name: number for number, name in enumerate(self.targets["target_id"])}
+        chosen = [place[name] for name in names]
+        return replace(
+            self,
+            targets=self.targets[chosen],
+            target_pixels=self.target_pixels[chosen],
+            own=self.own[chosen],
+            left_out=self.left_out[chosen],
+        )
 
 
 def load_yardstick(
@@ -85,18 +98,25 @@ def load_yardstick(
     if only is not None:
         targets = targets.filter(pl.col("target_id").is_in(only.to_list()))
     reference = load_reference(out)
+    pixels = load_pixels(out, targets, resolution)
+    return Yardstick(
+        targets,
+        pixels,
+        reference,
+        load_pixels(out, reference, resolution),
+        own=_find_own(targets, reference),
+        left_out=measure_left_out(out, reference, targets["component_id"], pixels),
+    )
+
+
+def _find_own(targets: pl.DataFrame, reference: pl.DataFrame) -> np.ndarray:
+    """bool (targets, reference)."""
     same_key = targets["key"].to_numpy()[:, None] == reference["key"].to_numpy()
     planted = (targets["component_id"].is_null() & targets["root"].is_null()).to_numpy()[:, None]
     canary = planted & (reference["kind"] == "canary").to_numpy()
     components = targets["component_id"].fill_null(-1).to_numpy()[:, None]
     same_component = components == reference["component_id"].fill_null(-2).to_numpy()
-    return Yardstick(
-        targets,
-        load_pixels(out, targets, resolution),
-        reference,
-        load_pixels(out, reference, resolution),
-        own=(same_key & canary) | same_component,
-    )
+    return (same_key & canary) | same_component
 
 
 def load_targets(
@@ -122,7 +142,7 @@ def load_targets(
     plant = read_plant(out)
     rows = rows.with_columns(_hold_out(out, rows, held_out))
     most = len(rows) if limit is None else limit
-    keepers = _list_keepers(_remove_planted(rows, plant))
+    keepers = _list_keepers(remove_planted(rows, plant))
     unseen = keepers.filter("held_out").unique("component_id", keep="first", maintain_order=True)
     unseen = unseen.head(most).with_columns(prompt_kind=pl.lit("control"), multiplicity=pl.lit(0))
     trained = keepers.filter(~pl.col("held_out"))
@@ -149,8 +169,8 @@ def _stratify(keepers: pl.DataFrame, most: int) -> pl.DataFrame:
 
 def _list_controls(out: Path, controls: Path, rows: pl.DataFrame) -> pl.DataFrame:
     """Keepers of the run `controls`, in random order, but for those whose bytes or caption stand in OUT."""
-    src = _source(out)
-    known = [rows] + [_read_folder(out, folder) for folder in (CANARIES, SPARE) if (src / folder).is_dir()]
+    src = source_of(out)
+    known = [rows] + [read_folder(out, folder) for folder in (CANARIES, SPARE) if (src / folder).is_dir()]
     digests, captions = (pl.concat(part[name] for part in known) for name in ("sha256", "caption"))
     free = _list_keepers(manifest.read(controls).filter(pl.col("status") == "ok"))
     free = free.filter(
@@ -164,7 +184,7 @@ def _list_controls(out: Path, controls: Path, rows: pl.DataFrame) -> pl.DataFram
         component_id=None,
         prompt_kind=pl.lit("control"),
         multiplicity=0,
-        root=pl.lit(str(_source(controls))),
+        root=pl.lit(str(source_of(controls))),
     )
 
 
@@ -195,7 +215,7 @@ def _list_canaries(out: Path, plant: pl.DataFrame, rows: pl.DataFrame) -> pl.Dat
     missing = set(truth["key"].drop_nulls()) - set(rows["key"])
     if missing:
         raise TargetError(f"{out}: {len(missing)} planted copies are not in the manifest, such as {min(missing)}")
-    originals = _read_folder(out, CANARIES).rename({"caption": "prompt"})
+    originals = read_folder(out, CANARIES).rename({"caption": "prompt"})
     canaries = originals.join(truth.rename({"key": "copy"}), left_on="key", right_on="canary", how="inner")
     if len(canaries) < len(truth):
         raise TargetError(f"{out}: the source has {len(canaries)} of {len(truth)} canaries in `{CANARIES}`")
@@ -211,76 +231,3 @@ def _list_canaries(out: Path, plant: pl.DataFrame, rows: pl.DataFrame) -> pl.Dat
         )
         .sort("key")
     )
-
-
-def load_reference(out: Path) -> pl.DataFrame:
-    """Distinct pictures, columns REFERENCE: one a component of the original data, the canaries, the spares.
-
-    There must be no duplicates in it: among copies of one picture, most measures of memorisation take a further
-    copy for nothing special.
-    """
-    plant = read_plant(out)
-    rows = manifest.read(out).filter(pl.col("status") == "ok")
-    ours = (
-        _remove_planted(rows, plant)
-        .sort(~pl.col("keep"), -pl.col("represents"), "id")
-        .unique("component_id", keep="first")
-        .sort("id")
-    )
-    parts = [ours.with_columns(kind=pl.lit("dataset"))]
-    if plant is not None:
-        src = _source(out)
-        for folder, kind in ((CANARIES, "canary"), (SPARE, "spare")):
-            if (src / folder).is_dir():
-                parts.append(_read_folder(out, folder).with_columns(kind=pl.lit(kind)))
-    missing = [part.with_columns(component_id=None) for part in parts[1:]]
-    return pl.concat(
-        part.select(pl.col(name).cast(kind) for name, kind in REFERENCE.items()) for part in (parts[0], *missing)
-    )
-
-
-def load_pixels(out: Path, rows: pl.DataFrame, resolution: int) -> np.ndarray:
-    """uint8 (N, R, R, 3) of rows with the columns LOCATION, as training sees them (`defense.data`, which needs torch).
-
-    Raises TargetError for an image that is gone or no longer the same.
-    """
-    usual = _source(out)
-    pixels = np.empty((len(rows), resolution, resolution, 3), np.uint8)
-    for number, row in enumerate(rows.iter_rows(named=True)):
-        src = Path(row.get("root") or usual)
-        data = sources.read_image(src, row["shard"], row["offset"], row["size"], row["key"])
-        if digest(data) != row["sha256"]:
-            raise TargetError(f"{src}: {row['key']} has changed: run `unmemorize dedup` again")
-        pixels[number] = images.square(images.decode(data).pixels, resolution)
-    return pixels
-
-
-def read_plant(out: Path) -> pl.DataFrame | None:
-    """The truth about a planted dataset; None when OUT is of another."""
-    path = out / "plant.parquet"
-    return pl.read_parquet(path) if path.exists() else None
-
-
-def _remove_planted(rows: pl.DataFrame, plant: pl.DataFrame | None) -> pl.DataFrame:
-    return rows if plant is None else rows.filter(~pl.col("key").is_in(plant["key"].drop_nulls().to_list()))
-
-
-def _source(out: Path) -> Path:
-    return Path(manifest.read_run(out)["src"])
-
-
-def _read_folder(out: Path, folder: str) -> pl.DataFrame:
-    """Location and caption of the images in a folder of a planted dataset, in order."""
-    src = _source(out)
-    if not (src / folder).is_dir():
-        raise TargetError(f"{src} has no folder `{folder}`: it is not the planted dataset that {out} was made from")
-    columns = (*LOCATION, "caption")
-    found = list(_read_records(src, folder))
-    return pl.DataFrame(found, schema={name: manifest.SCHEMA[name] for name in columns}, orient="row")
-
-
-def _read_records(src: Path, folder: str) -> Iterator[tuple]:
-    for shard in sources.list_shards(src / folder):
-        for record in sources.read_shard(shard):
-            place = (f"{folder}/{shard.name}", record.offset, record.size, record.key)
-            yield (*place, digest(record.data or b""), record.caption)

@@ -30,8 +30,8 @@ from eval.generate import (
     open_sampler,
     read_config,
 )
+from eval.reference import load_pixels
 from eval.summary import count_by_caption, rate_captions
-from eval.targets import load_pixels
 
 TARGET = "null"  # what stands in the seeds of these images in place of a target
 DRAWN = "unprompted.parquet"

@@ -15,8 +15,9 @@ from eval.asked import ANY, LABELS, list_captions, say_captions
 from eval.compare import CompareError, compare
 from eval.extraction import attack
 from eval.generate import GENERATIONS, generate
+from eval.reference import load_pixels
 from eval.summary import describe_scores
-from eval.targets import load_pixels, load_targets
+from eval.targets import load_targets
 from eval.unprompted import NULL, draw_unprompted, score_unprompted
 
 SETTINGS = {"guidance_scale": 1.0, "steps": 8}

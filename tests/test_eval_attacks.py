@@ -15,8 +15,9 @@ from eval.calibrate import CalibrationError, calibrate
 from eval.extraction import ATTACKS, SCHEMAS, attack
 from eval.generate import derive_seed
 from eval.masks import build_mask, build_masks, masked_l2
+from eval.reference import load_pixels, load_reference
 from eval.summary import summarise_scores
-from eval.targets import load_pixels, load_reference, load_targets, load_yardstick
+from eval.targets import load_targets, load_yardstick
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from eval import audit as auditing
 from eval import plan as planning
 from eval.audit import AuditError
 from eval.recipe import Detection, Planting, Recipe, Sampling, load_recipe
-from eval.targets import load_pixels, load_targets
+from eval.reference import load_pixels
+from eval.targets import load_targets
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PLANT = Planting(canaries=8, fillers=20, multiplicities=(0, 1, 2, 5), min_distance=0.1)

@@ -16,7 +16,7 @@ from eval.budget import BudgetError, Rule, choose, describe, draw_check, generat
 from eval.controls import calibrate_runs
 from eval.extraction import attack
 from eval.generate import generate
-from eval.targets import load_pixels
+from eval.reference import load_pixels
 
 OPTIONS = {"n": 8, "guidance_scale": 1.0, "steps": 4}
 NOTHING = {"extracted": False, "direct": False, "best_distance": 0.5, "delta": 0.1}

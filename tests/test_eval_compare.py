@@ -17,7 +17,8 @@ from defense.config import TrainConfig
 from eval import report, stats
 from eval.compare import COMPARISON, CompareError, compare
 from eval.extraction import SCORES, attack
-from eval.targets import load_pixels, load_targets
+from eval.reference import load_pixels
+from eval.targets import load_targets
 from eval.verdict import judge
 
 LEVELS = (0, 1, 2, 5)

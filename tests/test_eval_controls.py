@@ -14,7 +14,8 @@ from defense.conditions import embed_captions
 from defense.tiny import build_scheduler, build_tiny
 from eval.extraction import attack
 from eval.generate import generate
-from eval.targets import load_pixels, load_targets
+from eval.reference import load_pixels
+from eval.targets import load_targets
 
 
 class DatasetDenoiser(torch.nn.Module):

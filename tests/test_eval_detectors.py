@@ -24,7 +24,7 @@ from eval.denoiser import NOISIEST, PREDICTIONS, Denoiser, DenoiserError
 from eval.detectors import DETECTIONS, DETECTORS, DetectError, detect, score_prompts
 from eval.metrics import auc
 from eval.prompts import PROMPTS, list_prompts
-from eval.targets import load_pixels, read_plant
+from eval.reference import load_pixels, read_plant
 
 CAPTIONS = [f"picture number {number}" for number in range(24)]
 SEEDS = [[100 * number + j for j in range(4)] for number in range(24)]

@@ -34,7 +34,8 @@ from eval.extraction import (
     find_largest_clique,
 )
 from eval.generate import derive_seed
-from eval.targets import load_pixels, load_targets
+from eval.reference import load_pixels
+from eval.targets import load_targets
 
 
 @pytest.fixture(scope="module")

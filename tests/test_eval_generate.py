@@ -26,8 +26,9 @@ from defense.train import build_pipeline
 from eval import generate as generate_
 from eval.extraction import attack
 from eval.generate import GENERATIONS, GenerateError, derive_seed, generate, read_config
+from eval.reference import TargetError
 from eval.summary import describe_scores
-from eval.targets import TargetError, load_targets
+from eval.targets import load_targets
 
 SMALL = {"n": 3, "steps": 2, "guidance_scale": 2.0}
 

@@ -32,9 +32,10 @@ from eval.denoiser import DenoiserError, open_denoiser
 from eval.extraction import SCHEMAS, attack
 from eval.generate import derive_seed, generate, read_config
 from eval.probe import PROBE, ProbeError, draw, find_tokens
+from eval.reference import load_pixels
 from eval.replication import ReplicationError, embed
 from eval.summary import rate_difference
-from eval.targets import load_pixels, load_targets
+from eval.targets import load_targets
 
 CAPTIONS = ["a red thing", "a blue thing", "something else"]
 SETTINGS = {"steps": 6, "guidance_scale": 1.0, "batch_size": 8}

@@ -12,7 +12,8 @@ from test_eval_targets import RESOLUTION, make_planted, make_run, paint, write_g
 
 from eval.extraction import attack
 from eval.labels import SampleError, judge_labels, rank_scores, write_labels
-from eval.targets import load_pixels, load_targets
+from eval.reference import load_pixels
+from eval.targets import load_targets
 
 
 @pytest.fixture(scope="module")

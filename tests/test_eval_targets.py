@@ -15,9 +15,11 @@ from dedup.hashing import digest
 from dedup.options import Options
 from dedup.pipeline import deduplicate
 from dedup.plant import plant
-from eval.calibrate import calibrate
+from defense.distances import flip_min, scale
+from eval.calibrate import calibrate, measure_others
 from eval.generate import GENERATIONS, derive_seed
-from eval.targets import REFERENCE, TARGETS, TargetError, load_pixels, load_reference, load_targets, load_yardstick
+from eval.reference import REFERENCE, TargetError, load_pixels, load_reference
+from eval.targets import TARGETS, load_targets, load_yardstick
 
 LEVELS = (0, 1, 2, 5)
 RESOLUTION = 32
@@ -107,6 +109,17 @@ def planted(tmp_path_factory):
 def plain(tmp_path_factory):
     captions = [f"picture {n}" for n in range(9)] + [None, "  "]
     return make_plain(tmp_path_factory.mktemp("plain"), [1, 3, 1, 2, 1, 1, 5, 1, 2, 4, 1], captions)
+
+
+@pytest.fixture(scope="module")
+def unlike(tmp_path_factory) -> Path:
+    """A dedup run over three pictures that look much like some of `plain`."""
+    folder = tmp_path_factory.mktemp("unlike")
+    for number in (1, 2, 6):
+        write_png(folder / "src" / f"{number}.png", paint(number) // 4 * 3 + paint(900) // 4)
+        (folder / "src" / f"{number}.txt").write_text(f"unlike {number}")
+    deduplicate(folder / "src", folder / "out", Options(), jobs=1)
+    return folder / "out"
 
 
 def test_every_canary_is_a_target(planted):
@@ -199,6 +212,24 @@ def test_controls_are_measured_like_members(tmp_path):
     assert (yardstick.own.sum(axis=1) == 1).all()
     delta = calibrate(yardstick).delta_of(yardstick.targets)
     assert delta.min() > 0.05
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_row_of_other_components_is_another_picture(tmp_path, plain, unlike, seed):
+    """Series, in which the reference has one picture of many: by brute force over all rows."""
+    groups = np.random.default_rng(seed).integers(0, 4, 11)  # of pictures that look alike to dedup
+    out = tmp_path / "series"
+    rows = manifest.read(plain)
+    names = rows["key"].str.slice(0, 3).cast(pl.Int64).to_numpy()
+    manifest.write(out, manifest.conform(rows.with_columns(component_id=pl.Series(groups[names]))))
+    (out / "run.json").write_bytes((plain / "run.json").read_bytes())
+    yardstick = load_yardstick(out, RESOLUTION, controls=unlike)
+    assert len(yardstick.reference) == len(set(groups))
+    components = yardstick.targets["component_id"].fill_null(-1).to_numpy()[:, None]
+    assert (components == -1).sum() == 3
+    distances = flip_min(scale(yardstick.target_pixels), scale(load_pixels(out, rows, RESOLUTION)))
+    expected = np.where(components == groups[names], np.inf, distances).min(axis=1)
+    np.testing.assert_allclose(measure_others(yardstick), expected, atol=1e-6)
 
 
 def test_most_duplicated_clusters_come_first(plain):
