@@ -21,7 +21,8 @@ from eval.calibrate import calibrate
 from eval.distances import max_tile_l2
 from eval.extraction import score_clique
 from eval.reference import REFERENCE
-from eval.targets import TARGETS, Yardstick
+from eval.targets import TARGETS
+from eval.yardstick import Yardstick
 
 
 def make_yardstick(targets: int, reference: int, side: int) -> Yardstick:
@@ -36,7 +37,7 @@ def make_yardstick(targets: int, reference: int, side: int) -> Yardstick:
         pl.concat([pl.DataFrame(schema=REFERENCE), named], how="diagonal"),
         pixels,
         own=np.eye(targets, reference, dtype=bool),
-        left_out=np.full(targets, np.inf, np.float32),
+        others=np.ones(targets, np.float32),
     )
 
 

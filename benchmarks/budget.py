@@ -29,7 +29,8 @@ from eval.calibrate import calibrate
 from eval.detectors import score_prompts
 from eval.extraction import attack, read_images, score_clique
 from eval.generate import derive_seed, generate, open_model
-from eval.targets import load_targets, load_yardstick
+from eval.targets import load_targets
+from eval.yardstick import load_yardstick
 
 DETECTORS = ("noise-magnitude", "one-step", "anisotropy")
 CONTROLS, OTHERS, TOP = 100, 10, 20

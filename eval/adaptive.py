@@ -14,7 +14,7 @@ import polars as pl
 from defense.distances import l2, scale
 from eval.calibrate import RATIO, Calibration, CalibrationError
 from eval.metrics import adaptive_ratio
-from eval.targets import Yardstick
+from eval.yardstick import Yardstick
 
 BATCH = 256  # generations compared at a time
 

@@ -34,9 +34,9 @@ from eval.plan import describe, describe_dataset, make_plan, measure_speed
 from eval.power import FEWEST, clusters_needed
 from eval.recipe import LATER, Planting, Recipe, Utility
 from eval.report import write_report
-from eval.targets import load_yardstick
 from eval.unprompted import draw_unprompted, score_unprompted
 from eval.utility import measure_utility
+from eval.yardstick import load_yardstick
 
 TINY = TrainConfig(base="tiny-base", steps=800)  # configs/tiny-base.toml
 DEMO = Recipe(plant=Planting(controls=48), train=TINY, utility=Utility(images=1_000))

@@ -39,7 +39,7 @@ from eval.generate import (
     open_sampler,
     read_config,
 )
-from eval.targets import Yardstick, load_yardstick
+from eval.yardstick import Yardstick, load_yardstick
 
 EVALUATIONS = {"noise-magnitude": 2, "one-step": 2, "anisotropy": 4, "agreement": 1}  # of the denoiser, a noise
 MAD = 1.4826  # standard deviations of a normal distribution in one median absolute deviation

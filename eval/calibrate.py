@@ -18,7 +18,7 @@ from dedup import manifest
 from defense.distances import flip, flip_min, l2, scale
 from eval.distances import max_tile_l2
 from eval.metrics import adaptive_ratio
-from eval.targets import Yardstick
+from eval.yardstick import Yardstick
 
 ENCODER = "pixels"
 DELTA = 0.15  # Carlini et al. 2023, sec. 4.2; also the largest δ of a target
@@ -67,9 +67,9 @@ def calibrate(yardstick: Yardstick, family: str | None = None) -> Calibration:
     """δ of every target, and the edge threshold of the clique attack. Raises CalibrationError.
 
     δ of a target is half its distance to the nearest other picture or the mirror image of one, at most 0.15. By the
-    triangle inequality, a generation within δ is then nearer to the target than to any other picture. Rows of its own
-    component are no others, those of other components all are, whether or not they stand in the reference. The target's
-    own mirror image is no other picture: with it, a symmetric one could never be matched.
+    triangle inequality, a generation within δ is then nearer to the target than to any other picture. Copies of the
+    target are no others, look-alikes of its component are (`Yardstick.others`). The target's own mirror image is no
+    other picture: with it, a symmetric one could never be matched.
     Edge threshold: the 0.1 % quantile of the largest tile distance between pictures with different captions.
     Carlini et al. publish none; generations for members must not set it.
     Cut of the adaptive ratio: the 0.1 % quantile among pictures that stand nowhere else, at most 1.
@@ -77,7 +77,7 @@ def calibrate(yardstick: Yardstick, family: str | None = None) -> Calibration:
     reference = scale(yardstick.reference_pixels)
     if len(reference) < 3:
         raise CalibrationError(f"{len(reference)} distinct pictures in the dataset are too few to set a threshold")
-    delta = np.minimum(DELTA, measure_others(yardstick) / 2)
+    delta = np.minimum(DELTA, yardstick.others / 2)
     digests = np.array([hashlib.sha256(pixels.tobytes()).hexdigest() for pixels in yardstick.reference_pixels])
     chosen = np.argsort(digests, kind="stable")[:SAMPLE]  # random, yet fixed by the pictures
     unrelated = _list_unrelated(yardstick.reference["caption"].gather(chosen))
@@ -107,12 +107,6 @@ def calibrate(yardstick: Yardstick, family: str | None = None) -> Calibration:
     )
 
 
-def measure_others(yardstick: Yardstick) -> np.ndarray:
-    """float32 (targets,): distance of each to the nearest picture of the original data that is not its own."""
-    distances = flip_min(scale(yardstick.target_pixels), scale(yardstick.reference_pixels))
-    return np.minimum(np.where(yardstick.own, np.inf, distances).min(axis=1), yardstick.left_out)
-
-
 def measure_controls(
     calibration: Calibration, images: list[np.ndarray], own: np.ndarray, held_out: np.ndarray, others: np.ndarray
 ) -> Calibration:
@@ -120,7 +114,7 @@ def measure_controls(
 
     images: for each prompt float32 (G, R, R, 3), G alike but for those without finite numbers, prompts of all models.
     own: int64 (P,), the prompt's own picture in held_out, uint8 (T, R, R, 3), which no model was trained on. others:
-    `measure_others` of those pictures. Every match is false. The unit is the prompt with all its generations.
+    float32 (T,), `Yardstick.others` of them. Every match is false. The unit is the prompt with all its generations.
 
     targeted: prompts whose generations come within the δ of their own picture; and, one picture after the other, of a
     picture in turn that is not theirs (T trials). global: the largest δ at which at most one prompt in a thousand has a

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from eval.calibrate import Calibration, CalibrationError, calibrate, freeze, measure_controls, measure_others
+from eval.calibrate import Calibration, CalibrationError, calibrate, freeze, measure_controls
 from eval.extraction import find_controls, read_generations, read_images
 from eval.generate import read_config
-from eval.targets import load_targets, load_yardstick
+from eval.targets import load_targets
+from eval.yardstick import load_yardstick
 
 MOST = 2_000  # held-out pictures that are compared: beside those that were asked for, so many in all
 WANTED = 1_000  # held-out pictures: fewer bound a rate of false matches above 1 in 300
@@ -64,7 +65,7 @@ def calibrate_runs(runs: Sequence[Path]) -> Calibration:
             )
             own.append(place[name])
     free = yardstick.select(unseen["target_id"])
-    measured = measure_controls(plain, images, np.array(own), free.target_pixels, measure_others(free))
+    measured = measure_controls(plain, images, np.array(own), free.target_pixels, free.others)
     n = generations["n"][0]
     counted = {"generations": n, "nan": n * len(images) - sum(map(len, images))}
     measured = replace(measured, controls=(measured.controls or {}) | counted)

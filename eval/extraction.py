@@ -28,7 +28,8 @@ from eval.masks import TEMPLATE, build_masks, score_template
 from eval.reference import load_pixels
 from eval.replication import ENCODERS, REPLICATION, embed_reference, score_replication, summarise_similarity
 from eval.summary import count_by_caption, summarise_scores
-from eval.targets import TARGETS, Yardstick, load_yardstick
+from eval.targets import TARGETS
+from eval.yardstick import Yardstick, load_yardstick
 
 EXACT_CLIQUE = 64  # generations up to which the largest clique is found for certain
 FEWEST = 4  # generations that make a clique worth the name

@@ -15,7 +15,7 @@ from dedup import manifest
 from defense.distances import flip, l2, scale
 from eval.calibrate import DELTA, Calibration
 from eval.reference import load_pixels, read_plant
-from eval.targets import Yardstick
+from eval.yardstick import Yardstick
 
 # Webster 2023 (make masks of neighbours at 256 pixels): SSE above 100, colours within 0.03 over the channels, an
 # erosion by 3 and a dilation by 6 pixels.

@@ -24,7 +24,7 @@ from eval.denoiser import DenoiserError, open_denoiser
 from eval.extraction import CLIQUE, EVERY, FEWEST, count_copies, read_images, score_clique
 from eval.generate import derive_seed, digest_model, read_config
 from eval.summary import summarise_scores
-from eval.targets import load_yardstick
+from eval.yardstick import load_yardstick
 
 if TYPE_CHECKING:
     from torch import Tensor

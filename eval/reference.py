@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from dedup import images, manifest, sources
+from dedup import clustering, images, manifest, sources
 from dedup.hashing import digest
 from defense.distances import flip_min, scale
 
 CANARIES, SPARE = "canaries", "spare"  # folders of a planted dataset: the originals, and images for the refill
 LOCATION = ("shard", "offset", "size", "key", "sha256")
-PART = 1_000  # pictures in memory at a time, where only distances are kept
 
 REFERENCE: dict[str, pl.DataType | type[pl.DataType]] = {
     "kind": pl.String,  # "dataset", "canary", "spare"
     "component_id": pl.Int64,  # null for canaries and spares
+    "cluster_id": pl.Int64,  # as well
     "caption": pl.String,
     **{name: manifest.SCHEMA[name] for name in LOCATION},
 }
@@ -51,28 +51,33 @@ def load_reference(out: Path) -> pl.DataFrame:
         for folder, kind in ((CANARIES, "canary"), (SPARE, "spare")):
             if (src / folder).is_dir():
                 parts.append(read_folder(out, folder).with_columns(kind=pl.lit(kind)))
-    missing = [part.with_columns(component_id=None) for part in parts[1:]]
+    missing = [part.with_columns(component_id=None, cluster_id=None) for part in parts[1:]]
     return pl.concat(
         part.select(pl.col(name).cast(kind) for name, kind in REFERENCE.items()) for part in (parts[0], *missing)
     )
 
 
-def measure_left_out(out: Path, reference: pl.DataFrame, components: pl.Series, pixels: np.ndarray) -> np.ndarray:
-    """Distance to the nearest row of the original data that `load_reference` leaves out; infinite where there is none.
+def group_copies(out: Path) -> np.ndarray:
+    """int64 (rows,): what dedup takes for one picture, by the id of a row; look-alikes of a component differ in it."""
+    rows, pairs = manifest.read(out), pl.read_parquet(out / "pairs.parquet")
+    stars = rows.select(a="id", b="cluster_id")
+    copies = pairs.filter(pl.col("class") == "copy").select(pl.col("a", "b").cast(pl.Int64))
+    return clustering.components(pl.concat([stars, copies]), len(rows))
 
-    A component may be a series, such as one drawing in many colours: the reference has one picture of it, a model was
-    trained on all. components: Int64 (N,), whose rows are no others; null: all are. pixels: uint8 (N, R, R, 3).
-    Returns float32 (N,); mirror images count.
-    """
+
+def list_left_out(out: Path, reference: pl.DataFrame) -> pl.DataFrame:
+    """Rows of the original data that `load_reference` leaves out and that no row in it equals by bytes; each once."""
     rows = remove_planted(manifest.read(out).filter(pl.col("status") == "ok"), read_plant(out))
-    rows = rows.filter(~pl.col("sha256").is_in(reference["sha256"].implode())).unique("sha256", maintain_order=True)
-    pictures, own = scale(pixels), components.fill_null(-1).to_numpy()[:, None]
-    nearest = np.full(len(pictures), np.inf, np.float32)
-    for part in rows.iter_slices(PART):
-        distances = flip_min(pictures, scale(load_pixels(out, part, pixels.shape[1])))
-        distances[own == part["component_id"].to_numpy()] = np.inf
-        nearest = np.minimum(nearest, distances.min(axis=1))
-    return nearest
+    return rows.filter(~pl.col("sha256").is_in(reference["sha256"].implode())).unique("sha256", maintain_order=True)
+
+
+def nearest_other(pictures: np.ndarray, others: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """float32 (N,): distance of each picture to the nearest that is not its own, or to the mirror image of one.
+
+    uint8 (N, R, R, 3) and (M, R, R, 3); own: bool (N, M). Infinite where there is none.
+    """
+    distances = flip_min(scale(pictures), scale(others))
+    return np.where(own, np.inf, distances).min(axis=1, initial=np.inf).astype(np.float32)
 
 
 def load_pixels(out: Path, rows: pl.DataFrame, resolution: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import polars as pl
 
 from dedup import embedding, images
 from eval.calibrate import Calibration
-from eval.targets import Embedded, Yardstick
+from eval.yardstick import Embedded, Yardstick
 
 ENCODERS = ("sscd-distilled", "sscd")
 CUT = 0.5  # Somepalli et al. 2023; never below it

@@ -1,15 +1,10 @@
-"""Which images are attacked, and all that a generation for them is measured against. Depends on OUT, never on an arm.
+"""Which images are attacked. Depends on a dedup run OUT alone, never on an arm.
 
-In: a dedup run OUT and, when it is a planted dataset, the truth in OUT/plant.parquet. Out: a table of targets, and with
-the reference and the pixels of both the yardstick. Knows nothing of models.
+In: OUT and, when it is a planted dataset, the truth in OUT/plant.parquet. Out: a table. Knows nothing of models.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
 
-import numpy as np
 import polars as pl
 
 from dedup import manifest
@@ -19,9 +14,6 @@ from eval.reference import (
     LOCATION,
     SPARE,
     TargetError,
-    load_pixels,
-    load_reference,
-    measure_left_out,
     read_folder,
     read_plant,
     remove_planted,
@@ -42,81 +34,6 @@ TARGETS: dict[str, pl.DataType | type[pl.DataType]] = {
     **{name: manifest.SCHEMA[name] for name in LOCATION},
     "root": pl.String,  # absolute path of what the location lies in; null: the source of OUT
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Embedded:
-    """The reference as an encoder sees it."""
-
-    encoder: str
-    described: str  # encoder, digest of its weights, preprocessing
-    vectors: np.ndarray  # float32 (reference, d), of length 1
-    nearest: np.ndarray  # float32 (reference,): cosine of each picture to the nearest other one
-
-
-@dataclass(frozen=True, slots=True)
-class Yardstick:
-    """Targets and reference with their pixels, uint8 (N, R, R, 3), in the order of the tables."""
-
-    targets: pl.DataFrame
-    target_pixels: np.ndarray
-    reference: pl.DataFrame
-    reference_pixels: np.ndarray
-    own: np.ndarray  # bool (targets, reference): shows the picture of the target, or belongs to its component
-    left_out: np.ndarray  # float32 (targets,): distance to the nearest row that `reference` leaves out, not their own
-    masks: np.ndarray | None = None  # bool (targets, R, R): the template of each, for the attack that needs them
-    partners: np.ndarray | None = None  # int64 (targets,): pictures that the mask was made of
-    embedded: Embedded | None = None  # the reference, for the attack that compares embeddings
-
-    def select(self, names: Iterable[str]) -> Self:
-        """The same for some of the targets, in the order of their target_ids."""
-        place = {name: number for number, name in enumerate(self.targets["target_id"])}
-        chosen = [place[name] for name in names]
-        return replace(
-            self,
-            targets=self.targets[chosen],
-            target_pixels=self.target_pixels[chosen],
-            own=self.own[chosen],
-            left_out=self.left_out[chosen],
-        )
-
-
-def load_yardstick(
-    out: Path,
-    resolution: int,
-    *,
-    limit: int | None = 200,
-    held_out: float = 0.0,
-    only: pl.Series | None = None,
-    controls: Path | None = None,
-) -> Yardstick:
-    """Everything a generation is measured against. only: target_ids; they may lie beyond `limit`.
-
-    Other parameters as in `load_targets`.
-    """
-    targets = load_targets(out, limit=limit if only is None else None, held_out=held_out, controls=controls)
-    if only is not None:
-        targets = targets.filter(pl.col("target_id").is_in(only.to_list()))
-    reference = load_reference(out)
-    pixels = load_pixels(out, targets, resolution)
-    return Yardstick(
-        targets,
-        pixels,
-        reference,
-        load_pixels(out, reference, resolution),
-        own=_find_own(targets, reference),
-        left_out=measure_left_out(out, reference, targets["component_id"], pixels),
-    )
-
-
-def _find_own(targets: pl.DataFrame, reference: pl.DataFrame) -> np.ndarray:
-    """bool (targets, reference)."""
-    same_key = targets["key"].to_numpy()[:, None] == reference["key"].to_numpy()
-    planted = (targets["component_id"].is_null() & targets["root"].is_null()).to_numpy()[:, None]
-    canary = planted & (reference["kind"] == "canary").to_numpy()
-    components = targets["component_id"].fill_null(-1).to_numpy()[:, None]
-    same_component = components == reference["component_id"].fill_null(-2).to_numpy()
-    return (same_key & canary) | same_component
 
 
 def load_targets(

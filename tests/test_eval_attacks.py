@@ -17,7 +17,8 @@ from eval.generate import derive_seed
 from eval.masks import build_mask, build_masks, masked_l2
 from eval.reference import load_pixels, load_reference
 from eval.summary import summarise_scores
-from eval.targets import load_targets, load_yardstick
+from eval.targets import load_targets
+from eval.yardstick import load_yardstick
 
 
 @pytest.fixture(scope="module")
@@ -196,8 +197,7 @@ def test_a_template_comes_back_that_no_picture_shows(framed, tmp_path):
     summary = summarise_scores(scores)
     assert (summary["members"]["prompts"], summary["members"]["extracted"], summary["difference"]) == (4, 4, None)
     assert summary["cannot_match"] == (~has).sum()
-    whole = attack(run).filter(has)
-    assert whole["extracted"].all()  # and yet no picture came back: why `verbatim` looks at the rest
+    assert not attack(run)["extracted"].any()  # what came back is as near to one framed picture as to the others
 
 
 def test_unrelated_pictures_show_no_template(framed, tmp_path):

@@ -16,8 +16,9 @@ from defense.distances import flip, l2, scale
 from eval import calibrate as calibration_
 from eval.calibrate import CalibrationError, calibrate, freeze
 from eval.distances import max_tile_l2
-from eval.reference import REFERENCE
-from eval.targets import TARGETS, Yardstick, load_yardstick
+from eval.reference import REFERENCE, nearest_other
+from eval.targets import TARGETS
+from eval.yardstick import Yardstick, load_yardstick
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def make_yardstick(targets: np.ndarray, others: np.ndarray, captions: list[str |
         pl.concat([empty_reference, pl.DataFrame({"caption": names}, schema={"caption": pl.String})], how="diagonal"),
         reference,
         own,
-        left_out=np.full(len(targets), np.inf, np.float32),
+        others=nearest_other(targets, reference, own),
     )
 
 
