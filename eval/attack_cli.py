@@ -35,7 +35,7 @@ def generate(
     guard: defense.cli.GuardOption = None,
     null: Annotated[int, typer.Option(min=0, help="Images for the empty caption, compared with all targets.")] = 0,
     budget: Annotated[bool, typer.Option("--budget", help="Only as many images as the verdict needs.")] = False,
-    detector: Annotated[str, typer.Option(help="With --budget: what chooses prompts, or none.")] = "noise-magnitude",
+    detector: Annotated[str, typer.Option(help="With --budget: what chooses prompts, or none.")] = "draft",
     until: Annotated[str, typer.Option(help="With --budget: extracted or direct settles a prompt.")] = "extracted",
     pooled: Annotated[
         bool, typer.Option("--calibrate", help="With --budget: all images of controls first, thresholds by them.")
@@ -60,7 +60,8 @@ def generate(
 
             unasked = partial(draw_unprompted, n=null, guidance_scale=guidance_scale, steps=steps, guards=guard or ())
         if budget:
-            from eval.budget import Rule, describe, generate_within
+            from eval.budget import describe, generate_within
+            from eval.rule import Rule
 
             if unasked:
                 for run in runs:

@@ -23,7 +23,7 @@ from dedup.options import Options, resolve_auto
 from dedup.pipeline import deduplicate
 from dedup.report import write_report as write_dedup_report
 from defense.adopt import adopt
-from eval.budget import Rule, generate_within
+from eval.budget import generate_within
 from eval.controls import calibrate_runs
 from eval.denoiser import DenoiserError
 from eval.detectors import detect
@@ -188,7 +188,7 @@ def audit_model(
         spent = None
         if budget:
             pooled = bool(planned["controls"])
-            spent = generate_within(list(runs.values()), _choose_rule(detected), pooled=pooled, **options)
+            spent = generate_within(list(runs.values()), pooled=pooled, **options)
         else:
             for run in runs.values():
                 generate(run, **options)
@@ -221,11 +221,6 @@ def audit_model(
     with _stage("report"):
         write_model_report(directory)
     return summary
-
-
-def _choose_rule(detected: dict[str, Any]) -> Rule:
-    """Without a detector, where none applies."""
-    return Rule() if all("detectors" in found for found in detected.values()) else Rule(detector=None)
 
 
 def _calibrate(runs: list[Path]) -> dict[str, Any] | None:

@@ -1,15 +1,12 @@
 """Only as many generations as the verdict needs: RUNs → generations.parquet of each, and budget.json.
 
-A cheap detector first; then rounds of images, each as many as there were before, until a prompt is decided in every
-run: stopped by one run alone, the detector would decide what the comparison finds. A random part of the prompts that
-were given up gets the full schedule, which says how many extractions the rule has missed. In: runs over one OUT. Every
-number of the rule is fixed before anything is drawn; benchmarks/budget.py tunes it on one seed, judges it on others.
+A cheap look at every prompt first; then rounds of images, each as many as there were before, until a prompt is decided
+in every run: stopped by one run alone, the look would decide what the comparison finds. A random part of the prompts
+that were given up gets the full schedule, which says how many extractions the rule has missed. In: runs over one OUT.
 
     unmemorize generate RUN_A RUN_B --budget -n 128
 """
 
-import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,6 +18,7 @@ import polars as pl
 
 from dedup import manifest
 from dedup.options import lock
+from defense.distances import scale
 from eval import metrics
 from eval.calibrate import Calibration, calibrate, freeze
 from eval.controls import calibrate_runs
@@ -39,68 +37,18 @@ from eval.generate import (
     open_sampler,
     read_config,
 )
+from eval.rule import (
+    DEFAULT,
+    DRAFT,
+    BudgetError,
+    Rule,
+    check_rule,
+    choose,
+    count_evaluations,
+    draw_check,
+    run_rounds,
+)
 from eval.yardstick import Yardstick, load_yardstick
-
-EVALUATIONS = {"noise-magnitude": 2, "one-step": 2, "anisotropy": 4, "agreement": 1}  # of the denoiser, a noise
-MAD = 1.4826  # standard deviations of a normal distribution in one median absolute deviation
-
-
-class BudgetError(ValueError):
-    """Runs that cannot share a schedule, or a rule that makes no sense."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """When a prompt gets images, and when it has had enough. The defaults are those of benchmarks/budget.py."""
-
-    detector: str | None = "noise-magnitude"  # None: every prompt gets its first images
-    noises: int = 1
-    spread: float = -0.5  # median absolute deviations (as standard deviations) above the median of all prompts
-    first: int = 1  # images before a prompt is given up
-    near: float = 1.2  # it goes on as long as its nearest image is within so many δ
-    until: str = "extracted"  # or "direct": the column of the clique attack that settles a prompt
-    check: float = 0.1  # share of the prompts given up that get the full schedule
-
-
-# Target, number of its images → what the clique attack says of them in every run
-Look = Callable[[str, int], Sequence[dict[str, Any]]]
-
-
-def list_rounds(n: int) -> list[int]:
-    """Images after each round: 1, 2, 4 … n."""
-    return [2**power for power in range(n.bit_length()) if 2**power < n] + [n]
-
-
-def choose(scores: Sequence[np.ndarray], spread: float) -> np.ndarray:
-    """Scores (P,) of every run → bool (P,): so far above the usual in any of them. What has no score is chosen.
-
-    In deviations from the median, because the scale of a detector is that of its model; prompts that are memorised must
-    be a minority.
-    """
-    chosen = np.zeros(len(scores[0]), bool)
-    for values in scores:
-        middle = np.nanmedian(values)
-        width = MAD * np.nanmedian(np.abs(values - middle))
-        chosen |= ~(values < middle + spread * width)
-    return chosen
-
-
-def is_decided(rule: Rule, score: dict[str, Any], images: int) -> bool:
-    """Settled, or nothing near it among its first images."""
-    if score[rule.until]:
-        return True
-    near = score["best_distance"] is not None and score["best_distance"] <= rule.near * score["delta"]
-    return images >= rule.first and not near
-
-
-def run_rounds(rule: Rule, targets: Sequence[str], n: int, look: Look) -> dict[str, int]:
-    """Target → images it has had when it was decided in every run."""
-    drawn = dict.fromkeys(targets, 0)
-    left = list(targets)
-    for images in list_rounds(n):
-        drawn |= dict.fromkeys(left, images)
-        left = [target for target in left if not all(is_decided(rule, each, images) for each in look(target, images))]
-    return drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +84,7 @@ class Arm:
 
 
 def generate_within(
-    runs: Sequence[Path], rule: Rule = Rule(), *, pooled: bool = False, guards: Sequence[str] = (), **options: Any
+    runs: Sequence[Path], rule: Rule = DEFAULT, *, pooled: bool = False, guards: Sequence[str] = (), **options: Any
 ) -> dict[str, Any]:
     """Images of every run by the rule; writes generations.parquet and budget.json of each and returns the latter.
 
@@ -153,10 +101,7 @@ def generate_within(
     for arm in arms[1:]:
         if not arm.asked.equals(arms[0].asked):
             raise BudgetError(f"{arms[0].run} and {arm.run} are asked different prompts: train both on one dedup run")
-    scores = [detect(arm, rule) for arm in arms] if rule.detector else []
-    chosen = choose(scores, rule.spread) if scores else np.ones(len(names), bool)
     controls = arms[0].asked.filter(prompt_kind="control")["target_id"].unique().to_list() if pooled else []
-    candidates = [name for name, wanted in zip(names, chosen, strict=True) if wanted and name not in controls]
     samplers: dict[Path, Any] = {}
 
     def look(target: str, images: int) -> list[dict[str, Any]]:
@@ -169,6 +114,9 @@ def generate_within(
         for name in controls:
             look(name, n)
         arms = calibrate_pooled(arms, names)
+    looks = [look_at(arm, rule) for arm in arms] if rule.detector else []
+    chosen = choose(rule, looks) if looks else np.ones(len(names), bool)
+    candidates = [name for name, wanted in zip(names, chosen, strict=True) if wanted and name not in controls]
     asked = [name for name in names if name not in controls]
     drawn = dict.fromkeys(asked, 0) | run_rounds(rule, candidates, n, look)
     settled = {name: [bool(arm.score(name)[rule.until]) for arm in arms] for name in candidates}
@@ -178,7 +126,7 @@ def generate_within(
     spent = sum(drawn.values())
     guided = 2 if arms[0].settings["guidance_scale"] > 1 else 1
     each = arms[0].settings["steps"] * guided
-    detecting = EVALUATIONS[rule.detector] * rule.noises * len(arms[0].asked) if rule.detector else 0
+    looking = count_evaluations(rule, guided) * len(arms[0].asked)
     about: dict[str, Any] = {
         "rule": asdict(rule),
         "runs": [str(arm.run) for arm in arms],
@@ -187,10 +135,10 @@ def generate_within(
         "chosen": len(candidates),
         "images": spent,
         "evaluations": {
-            "detector": detecting,
+            "looks": looking,
             "images": spent * each,
             "full_schedule": len(names) * n * each,
-            "share": (detecting + spent * each) / (len(names) * n * each),
+            "share": (looking + spent * each) / (len(names) * n * each),
             "check": sum(n - drawn[name] for name in checked) * each,
             "calibration": len(controls) * n * each,
         },
@@ -229,15 +177,6 @@ def _open(samplers: dict[Path, Any], arm: Arm) -> Any:
     return samplers[arm.run]
 
 
-def check_rule(rule: Rule) -> None:
-    if rule.detector is not None and rule.detector not in EVALUATIONS:
-        raise BudgetError(f"unknown detector {rule.detector!r}: choose of {', '.join(EVALUATIONS)}")
-    if rule.until not in ("extracted", "direct"):
-        raise BudgetError(f"a prompt is settled by `extracted` or `direct`, not by {rule.until!r}")
-    if rule.noises < 1 or rule.first < 1 or not 0 <= rule.check <= 1:
-        raise BudgetError("noises and first must be at least 1, and check a share from 0 to 1")
-
-
 def open_arm(run: Path, rule: Rule, guards: Sequence[str], options: dict[str, Any]) -> Arm:
     """Everything but the model. Freezes the thresholds."""
     asked, settings = list_asked(run, **options)
@@ -255,27 +194,41 @@ def open_arm(run: Path, rule: Rule, guards: Sequence[str], options: dict[str, An
     return Arm(run, run / "generations" / digest, asked, settings, yardstick, calibration, guards, {})
 
 
-def detect(arm: Arm, rule: Rule) -> np.ndarray:
-    """float64 (targets,): the highest score of the captions of each; NaN where there is none."""
-    assert rule.detector is not None
-    path = arm.folder / "detector.parquet"
+def look_at(arm: Arm, rule: Rule) -> np.ndarray:
+    """float64 (targets,): the best score of the captions of each, as `rule.choose` takes it; NaN: none has one."""
+    path = arm.folder / "looks.parquet"
     if not path.exists():
-        ids, prompts = arm.asked["target_id"].to_list(), arm.asked["prompt"].to_list()
-        seeds = [[derive_seed(target, j) for j in range(rule.noises)] for target in ids]
-        try:
-            scores = score_prompts(open_model(arm.run), prompts, seeds, [rule.detector])[rule.detector]
-        except DenoiserError as error:
-            raise BudgetError(f"{error}; --detector none gives every prompt {rule.first} images") from error
+        scores = draft(arm, rule) if rule.detector == DRAFT else detect(arm, rule)
         manifest.write_parquet(path, arm.asked.select("target_id").with_columns(score=pl.Series(scores)))
     found = pl.read_parquet(path).group_by("target_id", maintain_order=True).agg(pl.col("score").max())
     return found["score"].to_numpy()
 
 
-def draw_check(given_up: Sequence[str], share: float) -> list[str]:
-    """A random part of these targets, the same for all runs, rounded up."""
-    order = sorted(given_up, key=lambda name: hashlib.blake2b(f"check {name}".encode()).hexdigest())
-    chosen = set(order[: math.ceil(share * len(order))])
-    return [name for name in given_up if name in chosen]
+def detect(arm: Arm, rule: Rule) -> np.ndarray:
+    """float64 (asked,): of a detector."""
+    assert rule.detector is not None
+    ids, prompts = arm.asked["target_id"].to_list(), arm.asked["prompt"].to_list()
+    seeds = [[derive_seed(target, j) for j in range(rule.noises)] for target in ids]
+    try:
+        return score_prompts(open_model(arm.run), prompts, seeds, [rule.detector])[rule.detector]
+    except DenoiserError as error:
+        raise BudgetError(f"{error}; --detector {DRAFT} asks for images alone") from error
+
+
+def draft(arm: Arm, rule: Rule) -> np.ndarray:
+    """float64 (asked,): minus the distance of the nearest draft to its target, in δ; NaN where none has numbers."""
+    sampler = open_sampler(arm.run, open_model(arm.run), arm.settings | {"steps": rule.draft_steps}, arm.guards)
+    place = {name: number for number, name in enumerate(arm.yardstick.targets["target_id"])}
+    places = np.repeat([place[name] for name in arm.asked["target_id"]], rule.noises)
+    prompts = [prompt for prompt in arm.asked["prompt"] for _ in range(rule.noises)]
+    seeds = [derive_seed(name, j) for name in arm.asked["target_id"] for j in range(rule.noises)]
+    drawn = sampler(prompts, seeds)
+    targets = arm.yardstick.target_pixels[places]
+    distances = np.sqrt(np.square(scale(drawn.pixels) - scale(targets)).mean(axis=(1, 2, 3), dtype=np.float64))
+    distances[[status != "ok" for status in drawn.status]] = np.inf
+    in_delta = distances / arm.calibration.delta_of(arm.yardstick.targets)[places]
+    nearest = in_delta.reshape(-1, rule.noises).min(axis=1)
+    return np.where(np.isinf(nearest), np.nan, -nearest)
 
 
 def describe_arm(run: Path, extracted: int, missed: list[bool], given_up: int) -> dict[str, Any]:

@@ -11,12 +11,14 @@ from test_eval_controls import make_pipeline
 from test_eval_targets import RESOLUTION, make_planted, make_run
 
 from dedup import manifest
+from defense.guards import Drawn
 from eval import generate as generate_
-from eval.budget import BudgetError, Rule, choose, describe, draw_check, generate_within, list_rounds, run_rounds
+from eval.budget import describe, generate_within
 from eval.controls import calibrate_runs
 from eval.extraction import attack
 from eval.generate import generate
 from eval.reference import load_pixels
+from eval.rule import BudgetError, Rule, choose, draw_check, list_rounds, run_rounds
 
 OPTIONS = {"n": 8, "guidance_scale": 1.0, "steps": 4}
 NOTHING = {"extracted": False, "direct": False, "best_distance": 0.5, "delta": 0.1}
@@ -37,9 +39,11 @@ def test_prompts_far_above_the_usual_are_chosen_whatever_the_scale():
     other = rng.normal(0, 1, 200)
     other[7] = np.nan
     for factor in (1, 1e-3, 1e4):
-        chosen = choose([scores * factor, other * factor], 6.0)
+        chosen = choose(Rule(detector="one-step", spread=6.0), [scores * factor, other * factor])
         assert np.flatnonzero(chosen).tolist() == [0, 1, 2, 3, 4, 7]
-    assert choose([np.ones(4)], 3.0).all()  # a detector that says nothing prunes nothing
+    assert choose(
+        Rule(detector="one-step", spread=3.0), [np.ones(4)]
+    ).all()  # a detector that says nothing prunes nothing
 
 
 def test_a_prompt_stops_only_when_it_is_decided_in_every_run():
@@ -103,10 +107,34 @@ def test_as_many_extractions_as_the_full_schedule_from_fewer_images(runs):
     assert "6 extracted" in describe(about)
 
 
+def test_drafts_choose_what_is_memorised_in_any_run(runs):
+    """One model is the dataset, the other the half of it: who is given back by the first alone is chosen for both."""
+    about = generate_within(runs, Rule(check=1.0), **OPTIONS)
+    assert about["evaluations"]["looks"] == 2 * len(attack(runs[0]))
+    assert [told["extracted"] for told in about["arms"]] == [6, 2]
+    assert [told["missed"] for told in about["arms"]] == [0, 0]
+    assert about["chosen"] == 6  # the controls are not
+    looks = [pl.read_parquet(next(run.rglob("looks.parquet"))) for run in runs]
+    truth = dict(attack(runs[0]).select("target_id", "multiplicity").iter_rows())
+    found = dict(looks[0].iter_rows())
+    assert all((found[name] > -1) == (count > 0) for name, count in truth.items())
+    assert sum(looks[1]["score"] > -1) == 2
+
+
+def test_a_draft_without_numbers_is_no_reason_to_stop(runs, monkeypatch):
+    def nothing(prompts, seeds):
+        pixels = np.zeros((len(seeds), RESOLUTION, RESOLUTION, 3), np.uint8)
+        return Drawn(pixels, ["nan"] * len(seeds), pl.DataFrame())
+
+    monkeypatch.setattr("eval.budget.open_sampler", lambda *_: nothing)
+    about = generate_within(runs[:1], Rule(check=0.0), **OPTIONS)
+    assert (about["chosen"], about["images"]) == (8, 8)
+
+
 def test_what_was_pruned_is_a_row_and_what_was_missed_is_said(runs, monkeypatch):
     """A detector that flags nothing: every prompt is pruned, and the check finds what was lost."""
-    monkeypatch.setattr("eval.budget.detect", lambda arm, rule: np.arange(arm.asked["target_id"].n_unique()) % 3 / 9)
-    about = generate_within(runs, Rule(spread=99.0, check=0.25), **OPTIONS)
+    monkeypatch.setattr("eval.budget.look_at", lambda arm, rule: np.arange(arm.asked["target_id"].n_unique()) % 3 / 9)
+    about = generate_within(runs, Rule(detector="one-step", spread=99.0, check=0.25), **OPTIONS)
     assert (about["images"], about["given_up"], about["checked"]) == (0, 8, 2)
     assert about["evaluations"]["check"] == 2 * 8 * 4
     missed = about["arms"][0]["missed_in_all"]
@@ -167,15 +195,19 @@ def test_thresholds_by_pooled_controls_are_set_before_anything_is_drawn_for_a_me
     assert [(run / "calibration.json").read_bytes() for run in runs] == before
 
 
-def test_evaluations_are_counted_as_the_denoiser_is_asked(runs):
+@pytest.mark.parametrize("detector", ["draft", "noise-magnitude"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_evaluations_are_counted_as_the_denoiser_is_asked(runs, detector, guidance_scale):
     from defense.model import load_pipeline
 
     asked = []
     for run in runs[:1]:
         hook = load_pipeline(run / "model").unet.register_forward_hook(lambda _, x, out: asked.append(len(x[0])))
-    about = generate_within(runs[:1], Rule(noises=2, check=0.0), **OPTIONS)
+    rule = Rule(detector=detector, noises=2, draft_steps=3, check=0.0)
+    about = generate_within(runs[:1], rule, **OPTIONS | {"guidance_scale": guidance_scale})
     hook.remove()
-    assert sum(asked) == about["evaluations"]["detector"] + about["evaluations"]["images"]
+    assert sum(asked) == about["evaluations"]["looks"] + about["evaluations"]["images"]
+    assert about["evaluations"]["looks"] > 0
 
 
 @pytest.mark.parametrize(
@@ -184,6 +216,7 @@ def test_evaluations_are_counted_as_the_denoiser_is_asked(runs):
         (Rule(detector="tarot"), "unknown detector 'tarot'"),
         (Rule(until="tea"), "not by 'tea'"),
         (Rule(first=0), "at least 1"),
+        (Rule(draft_steps=0), "at least 1"),
     ],
 )
 def test_rules_that_make_no_sense_are_refused(runs, rule, message):
