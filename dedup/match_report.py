@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import polars as pl
 
-from dedup import engine, gallery, hashing, images, manifest, match, sources
+from dedup import engine, hashing, images, manifest, match, sources, thumbnails
 from dedup.report import environment
 
 SHOWN = 2_000  # queries on the page: about a minute on one core, and 60 MB
@@ -78,10 +78,10 @@ def rank_queries(queries: pl.DataFrame, matches: pl.DataFrame) -> pl.DataFrame:
 def write_thumbnails(src: Path, of_src: Path, folder: Path, rows: list[dict[str, Any]], jobs: int) -> None:
     """JPEGs named by what they show; adds to each row `thumb`, `of_thumb` and `difference`: a name or None."""
     for row in rows:
-        row["thumb"] = row["sha256"][: gallery.LARGE_NAME] if row["status"] == "ok" else None
-        row["of_thumb"] = row["of_sha256"][: gallery.LARGE_NAME] if row["id"] is not None else None
+        row["thumb"] = row["sha256"][: thumbnails.LARGE_NAME] if row["status"] == "ok" else None
+        row["of_thumb"] = row["of_sha256"][: thumbnails.LARGE_NAME] if row["id"] is not None else None
         what = f"{row['sha256']} {row['of_sha256']} {row['transform']}"
-        row["difference"] = hashing.digest(what.encode())[: gallery.LARGE_NAME] if row["transform"] else None
+        row["difference"] = hashing.digest(what.encode())[: thumbnails.LARGE_NAME] if row["transform"] else None
     names = {row[name] for row in rows for name in ("thumb", "of_thumb", "difference")} - {None}
     for path in folder.glob("*/*.jpg"):
         if path.stem not in names:
@@ -114,7 +114,7 @@ def draw_rows(src: Path, of_src: Path, folder: Path, rows: list[dict[str, Any]])
                 pictures["thumb"], pictures["of_thumb"], row["transform"], row["orientation"]
             )
         for name in set(wanted) & set(pictures):
-            write = partial(Path.write_bytes, data=gallery.encode_jpeg(pictures[name], SIDE))
+            write = partial(Path.write_bytes, data=thumbnails.encode_jpeg(pictures[name], SIDE))
             manifest.write_atomic(_path(folder, row[name]), write)
     return failed
 

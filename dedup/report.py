@@ -16,6 +16,7 @@ import polars as pl
 
 from dedup import gallery, hashing, manifest, marks, policy, threshold
 from dedup.gallery import ALIKE, ALLOWED, DUPLICATES, SCENE, TURNED
+from dedup.thumbnails import write_thumbnails
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPTS = ("pair.js", "marks.js", "report.js")
@@ -58,7 +59,7 @@ def write_report(out: Path, *, jobs: int = 0, thumbnails: int = THUMBNAILS) -> P
     search = run["counts"].get("copy_search", {})
     wanted = gallery.with_examples(listed, rows, search.get("examples", []))
     src = Path(run["src"])
-    shown, made = gallery.write_thumbnails(src, report / "thumbs", wanted, limit=thumbnails, jobs=jobs)
+    shown, made = write_thumbnails(src, report / "thumbs", wanted, limit=thumbnails, jobs=jobs)
     index = gallery.write_groups(src, report / "data", members, shown.filter(pl.col("number").is_not_null()))
     manifest.write_text(report / "data" / "marks.js", gallery.to_script("marks", describe_marks(out, run["src"])))
     write_scripts(report, *SCRIPTS)

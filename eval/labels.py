@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import polars as pl
 
-from dedup import gallery, manifest, marks
+from dedup import gallery, manifest, marks, thumbnails
 from dedup.options import list_versions
 from eval.extraction import read_images
 from eval.generate import read_config
@@ -93,10 +93,10 @@ def _write_picture(folder: Path, pixels: np.ndarray) -> Path:
     """A small picture is enlarged, so that JPEG and the browser leave its pixels as they are."""
     factor = max(1, SIDE // max(pixels.shape[:2]))
     large = cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=cv2.INTER_NEAREST)
-    name = hashlib.sha256(pixels.tobytes()).hexdigest()[: gallery.LARGE_NAME]
+    name = hashlib.sha256(pixels.tobytes()).hexdigest()[: thumbnails.LARGE_NAME]
     path = folder / name[:2] / f"{name}.jpg"
     if not path.exists():
-        manifest.write_atomic(path, partial(Path.write_bytes, data=gallery.encode_jpeg(large, max(large.shape[:2]))))
+        manifest.write_atomic(path, partial(Path.write_bytes, data=thumbnails.encode_jpeg(large, max(large.shape[:2]))))
     return path
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from dedup import gallery, hashing, manifest, marks
+from dedup import gallery, hashing, manifest, marks, thumbnails
 from dedup.report import environment, write_scripts
 from eval import precision
 from eval.precision import SampleError
@@ -38,7 +38,7 @@ def write_review(out: Path, folder: Path, *, n: int = 100, seed: int = 0, jobs: 
     both = pl.DataFrame([row for pair in pairs for row in pair], infer_schema_length=None)
     chosen = both.with_columns(side=pl.lit(SIDE)).unique("thumb", keep="first", maintain_order=True)
     src = Path(run["src"])
-    failed = gallery.write_pictures(src, folder / "thumbs", chosen, jobs)
+    failed = thumbnails.write_pictures(src, folder / "thumbs", chosen, jobs)
     ends = [[{name: row[name] for name in ("sha256", "shard", "key")} for row in pair] for pair in pairs]
     sample: dict[str, Any] = {
         "version": marks.VERSION,
@@ -99,7 +99,7 @@ def describe_pairs(rows: pl.DataFrame, pairs: pl.DataFrame, ids: pl.Series) -> l
     low, high = pl.min_horizontal("id", "kept_id"), pl.max_horizontal("id", "kept_id")
     deciding = pairs.join(wanted.select(a=low, b=high), on=["a", "b"], how="semi", maintain_order="left")
     members = gallery.group_rows(rows, deciding).filter(pl.col("role") != "look-alike")
-    thumb = pl.col("sha256").str.head(gallery.LARGE_NAME)
+    thumb = pl.col("sha256").str.head(thumbnails.LARGE_NAME)
     known = {row["id"]: row for row in members.with_columns(thumb=thumb).iter_rows(named=True)}
     return [[known[kept], known[row]] for row, kept in wanted.iter_rows()]
 

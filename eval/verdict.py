@@ -15,6 +15,7 @@ import polars as pl
 from eval import metrics, stats
 from eval.asked import count_captions
 from eval.contrasts import AT_LEAST, LEVEL, by_mode, explore, judge_contrast, match_arms, repeated, report_rate
+from eval.dose import dose_response
 
 VERSION = 2  # of verdict.json
 POWER = 0.8
@@ -192,7 +193,7 @@ def fit_doses(rows: pl.DataFrame) -> dict[str, Any]:
     """Dose-response by mode of one arm, members only."""
     members = rows.filter(pl.col("prompt_kind") == "member")
     return {
-        mode: stats.dose_response(some["multiplicity"].to_numpy(), some["extracted"].to_numpy(), LEVEL)
+        mode: dose_response(some["multiplicity"].to_numpy(), some["extracted"].to_numpy(), LEVEL)
         for mode, some in by_mode(members)
     }
 

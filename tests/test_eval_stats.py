@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, special, stats
 
+from eval.dose import dose_response
 from eval.stats import (
     assignment_test,
     bootstrap_clusters,
     clopper_pearson,
-    dose_response,
     holm,
     mcnemar_exact,
     power_paired,
