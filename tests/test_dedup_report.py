@@ -190,7 +190,7 @@ def test_summary_in_plain_words(page: Page, out: Path) -> None:
     tiles = dict(zip(names, values, strict=True))
     assert tiles["groups of copies"] == "3"
     assert tiles["mirrored or turned, kept"] == "1"
-    assert tiles["look-alikes, kept"] == "2"
+    assert tiles["images with look-alikes, kept"] == "2"
 
 
 def test_captions_sources_and_unreadable_files(page: Page, out: Path) -> None:
