@@ -50,6 +50,8 @@ from eval.rule import (
 )
 from eval.yardstick import Yardstick, load_yardstick
 
+LEAST = 1e-6  # δ of two pictures that are equal at this size is 0: no image can be told to be one of them
+
 
 @dataclass(frozen=True, slots=True)
 class Arm:
@@ -226,7 +228,8 @@ def draft(arm: Arm, rule: Rule) -> np.ndarray:
     targets = arm.yardstick.target_pixels[places]
     distances = np.sqrt(np.square(scale(drawn.pixels) - scale(targets)).mean(axis=(1, 2, 3), dtype=np.float64))
     distances[[status != "ok" for status in drawn.status]] = np.inf
-    in_delta = distances / arm.calibration.delta_of(arm.yardstick.targets)[places]
+    delta = arm.calibration.delta_of(arm.yardstick.targets)[places]
+    in_delta = distances / np.maximum(delta, LEAST)
     nearest = in_delta.reshape(-1, rule.noises).min(axis=1)
     return np.where(np.isinf(nearest), np.nan, -nearest)
 
