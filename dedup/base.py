@@ -85,7 +85,7 @@ def find_published(base: Base, rows: pl.DataFrame) -> pl.Series:
     Each row of BASE is at most one: of equal files as many are published as BASE kept.
     """
     theirs = base.rows.filter("keep").select("shard", "key", "sha256")
-    ours = rows.select("id", "shard", "key", "sha256")
+    ours = rows.select("id", pl.col("shard").cast(pl.String), "key", "sha256")
     found: list[pl.Series] = []
     for same in (["shard", "key", "sha256"], ["key", "sha256"], ["sha256"]):
         number = pl.int_range(pl.len()).over(same)

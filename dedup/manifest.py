@@ -65,6 +65,9 @@ SCHEMA: Schema = {
     "weight": pl.Float64,  # sampling weight
 }
 
+# Columns of few distinct values: in memory 4 bytes a row as categories, and 16 or more as text.
+FEW = ("source", "shard", "format", "status", "reason", "class", "signal", "orientation")
+
 PAIRS_SCHEMA: Schema = {
     "a": pl.Int64,  # a < b
     "b": pl.Int64,
@@ -138,16 +141,21 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_parquet(path: Path, frame: pl.DataFrame) -> None:
-    """Atomic parquet file that carries the schema version."""
+def write_parquet(path: Path, frame: pl.DataFrame | pl.LazyFrame) -> None:
+    """Atomic parquet file that carries the schema version. Rows of a lazy frame are made as they are written."""
     metadata = {"schema_version": str(SCHEMA_VERSION)}
-    write_atomic(path, lambda temporary: frame.write_parquet(temporary, metadata=metadata))
+    write_atomic(path, lambda temporary: frame.lazy().sink_parquet(temporary, metadata=metadata, engine="streaming"))
 
 
 def conform(frame: pl.DataFrame, schema: Schema = SCHEMA) -> pl.DataFrame:
     """Add missing columns as nulls and put all of them in the order and dtypes of the schema."""
     missing = [pl.lit(None, dtype=t).alias(c) for c, t in schema.items() if c not in frame.columns]
     return frame.with_columns(missing).select(pl.col(c).cast(t) for c, t in schema.items())
+
+
+def compact(frame: pl.DataFrame) -> pl.DataFrame:
+    """Columns FEW as categories; `conform` makes text of them again."""
+    return frame.with_columns(pl.col(name).cast(pl.Categorical) for name in FEW if name in frame.columns)
 
 
 def validate(frame: pl.DataFrame) -> None:
@@ -158,6 +166,8 @@ def validate(frame: pl.DataFrame) -> None:
         unknown = set(frame[column].drop_nulls().unique()) - set(vocabulary)
         if unknown:
             raise ManifestError(f"unknown {column}: {sorted(unknown)}")
+    # a filter copies, so of these columns alone
+    frame = frame.select("status", "reason", "keep", "kept_id", "represents")
     readable = frame.filter(pl.col("status") == "ok")
     external = readable.filter(pl.col("reason").eq_missing("external"))
     if external["keep"].any() or external["kept_id"].count() or external["represents"].sum():
@@ -173,17 +183,17 @@ def validate(frame: pl.DataFrame) -> None:
         )
 
 
-def write(out: Path, frame: pl.DataFrame, take: Callable[[pl.Series], pl.DataFrame] | None = None) -> None:
+def write(out: Path, frame: pl.DataFrame, complete: Callable[[pl.DataFrame], pl.DataFrame] | None = None) -> None:
     """Validate and write `OUT/manifest/`; files of an earlier, longer manifest are removed.
 
-    take: ids → those columns of these rows that the frame does not have: no more than one file of them is in memory.
+    complete: rows of the frame → the same with all columns: no more than one file of these is in memory.
     """
     validate(frame)
     folder = out / "manifest"
     parts = max(1, -(-len(frame) // ROWS_PER_FILE))
     for part in range(parts):
         rows = frame.slice(part * ROWS_PER_FILE, ROWS_PER_FILE)
-        rows = rows if take is None else rows.hstack(take(rows["id"])).select(SCHEMA.keys())
+        rows = rows if complete is None else complete(rows)
         if dict(rows.schema) != SCHEMA:
             raise ManifestError(f"manifest columns differ from the schema: {sorted(set(rows.columns) ^ set(SCHEMA))}")
         write_parquet(folder / f"{part:05d}.parquet", rows)

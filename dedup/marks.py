@@ -135,7 +135,7 @@ def resolve(marks: list[Mark], rows: pl.DataFrame) -> tuple[pl.DataFrame, dict[s
     names = [f"{name}_{end}" for end in "ab" for name in ends]
     table = pl.DataFrame(listed, schema=dict.fromkeys([*names, "verdict"], pl.String), orient="row")
     equal = pl.col("sha256_a") == pl.col("sha256_b")
-    known = rows.filter(pl.col("sha256").is_not_null()).select(*ends, "id", first=FIRST)
+    known = rows.filter(pl.col("sha256").is_not_null()).select(pl.col(ends).cast(pl.String), "id", first=FIRST)
     pictures = known.unique("sha256", keep="first", maintain_order=True)
     places = known.unique(ends, keep="first", maintain_order=True)
     for end in "ab":

@@ -6,6 +6,7 @@ are described in docs/architecture.md.
 
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ from dedup import clustering, images, manifest, policy, sources, subjects
 from dedup.options import Options, list_versions, record_options
 from dedup.signatures import LATER, Signatures
 
-DECIDED = {name: kind for name, kind in manifest.SCHEMA.items() if name not in LATER}
+DECIDED: manifest.Schema = {
+    name: pl.Categorical() if name in manifest.FEW else kind
+    for name, kind in manifest.SCHEMA.items()
+    if name not in LATER
+}
 
 
 def is_medical(rows: pl.DataFrame) -> bool:
@@ -24,7 +29,7 @@ def is_medical(rows: pl.DataFrame) -> bool:
 
 
 def decide(rows: pl.DataFrame, pairs: pl.DataFrame, decisions: pl.DataFrame) -> pl.DataFrame:
-    """Rows, pairs and decisions → the finished manifest, columns DECIDED."""
+    """Rows, pairs and decisions → the finished manifest, columns DECIDED; `captions` as by `policy.merge_captions`."""
     evidence = _evidence(pairs, decisions)
     joined = pl.concat([pairs.select("a", "b"), subjects.link_rows(rows["subject"])])
     outside = rows["guarded"].gather(decisions["kept_id"]).fill_null(False)  # dropped for a split that is not theirs
@@ -50,7 +55,7 @@ def decide(rows: pl.DataFrame, pairs: pl.DataFrame, decisions: pl.DataFrame) -> 
 def _evidence(pairs: pl.DataFrame, decisions: pl.DataFrame) -> pl.DataFrame:
     """class, signal, score, orientation of the deciding pair of each row, else of its strongest one."""
     columns = ["class", "signal", "score", "orientation"]
-    numbered = pairs.with_row_index("pair").with_columns(pl.col("pair").cast(pl.Int64))
+    numbered = manifest.compact(pairs).with_row_index("pair").with_columns(pl.col("pair").cast(pl.Int64))
     ends = pl.concat([numbered.rename({end: "id"}).select("id", "pair", *columns) for end in ("a", "b")])
     strongest = ends.sort(pl.col("class") != "copy", -pl.col("score"), "pair").unique(
         "id", keep="first", maintain_order=True
@@ -78,12 +83,10 @@ def write(
 
     about: what else `run.json` tells.
     """
-    manifest.write(out, table, signatures.take)
+    manifest.write(out, table, partial(_complete, signatures))
     manifest.write_parquet(out / "pairs.parquet", pairs)
-    columns = ["id", "source", "shard", "offset", "size", "key", "caption", "captions", "represents", "weight"]
-    ready = table.select(*columns, "keep").filter("keep").drop("keep")
-    manifest.write_parquet(out / "deduplicated.parquet", ready)
-    manifest.write_atomic(out / "deduplicated.jsonl", lambda path: _write_lines(path, ready))
+    manifest.write_parquet(out / "deduplicated.parquet", _list_ready(table))
+    manifest.write_atomic(out / "deduplicated.jsonl", lambda path: _write_lines(path, table))
     place = pl.when(pl.col("shard").is_null()).then("key").otherwise(pl.concat_str("shard", pl.lit(":"), "key"))
     evidence = table[leaks["id"]].select("signal", "score", "orientation", row=place)
     leaking = leaks.rename({"cluster_id": "picture"}).drop("id").hstack(evidence)
@@ -91,11 +94,12 @@ def write(
         (out / "leakage.csv").unlink(missing_ok=True)
     else:
         manifest.write_atomic(out / "leakage.csv", leaking.write_csv)
-    lines = ready.select(place)
+    lines = table.lazy().filter("keep").select(place)
     manifest.write_atomic(
-        out / "kept.txt", lambda path: lines.write_csv(path, include_header=False, quote_style="never")
+        out / "kept.txt", lambda path: lines.sink_csv(path, include_header=False, quote_style="never")
     )
-    gone = table.filter((pl.col("status") == "ok") & ~pl.col("keep"))
+    told = table.select("shard", "key", "status", "keep", "kept_id", "reason", "signal", "score", "orientation")
+    gone = told.filter((pl.col("status") == "ok") & ~pl.col("keep"))
     kept = pl.DataFrame([table[name].gather(gone["kept_id"]) for name in ("shard", "key")]).select(kept=place)
     listing = gone.select(place.alias("dropped"), kept["kept"], "reason", "signal", "score", "orientation")
     manifest.write_atomic(out / "dropped.csv", listing.write_csv)
@@ -111,17 +115,31 @@ def write(
     return run
 
 
-def _write_lines(path: Path, frame: pl.DataFrame) -> None:
+def _complete(signatures: Signatures, rows: pl.DataFrame) -> pl.DataFrame:
+    """Rows of `decide` → the same as the manifest has them."""
+    return manifest.conform(rows.with_columns(policy.tell_captions()).hstack(signatures.take(rows["id"])))
+
+
+def _list_ready(table: pl.DataFrame) -> pl.LazyFrame:
+    """Of the rows of `decide` those that are kept, with what a training needs."""
+    columns = ["id", "source", "shard", "offset", "size", "key", "caption", "captions", "represents", "weight"]
+    ready = table.select(*columns, "keep").filter("keep").lazy()  # in memory: how many there are decides the row groups
+    text = [pl.col(name).cast(pl.String) for name in manifest.FEW if name in columns]
+    return ready.with_columns(policy.tell_captions(), *text).select(columns)
+
+
+def _write_lines(path: Path, table: pl.DataFrame) -> None:
     """As JSON, part by part: polars would have all of the text in memory before it writes any."""
     with path.open("wb") as file:
-        for part in frame.iter_slices(manifest.ROWS_PER_FILE):
-            part.write_ndjson(file)
+        for part in table.iter_slices(manifest.ROWS_PER_FILE):
+            _list_ready(part).collect().write_ndjson(file)
 
 
 def count(table: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, Any]:
     """What happened to the rows, in numbers."""
-    dropped = table.filter((pl.col("status") == "ok") & ~pl.col("keep"))
-    unreadable = table.filter(pl.col("status") != "ok")
+    narrow = table.select("status", "keep", "reason", "size")
+    dropped = narrow.filter((pl.col("status") == "ok") & ~pl.col("keep"))
+    unreadable = narrow.filter(pl.col("status") != "ok")
     return {
         "rows": len(table),
         "kept": int(table["keep"].sum()),

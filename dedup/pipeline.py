@@ -136,7 +136,8 @@ def deduplicate(
         if others:
             with engine.timed(seconds, "against"):
                 searched = {} if copy_search is None or copy_search.near is None else copy_search.describe(pairs)
-                hashed = table.hstack(signatures.take(table["id"]))  # all that one looks up in is in memory
+                # all that one looks up in is in memory
+                hashed = manifest.conform(table.hstack(signatures.take(table["id"])))
                 rows_in = against.Dataset(hashed, reader, out, record_options(options), searched, stamp(shards, key))
                 found, told = against.find(others, rows_in)
                 table = against.drop(table, found, search_copies.stars)

@@ -13,7 +13,10 @@ PER = ("none", "source", "split")
 LISTED = 100  # pairs of scopes, and alarms, that run.json names
 # What `datasets` calls a parquet file says its split: data/train-00000-of-00002.parquet. The source of a saved dataset
 # is its split; elsewhere a split is what lies in a top folder, as a source is.
-SPLIT = pl.coalesce(pl.col("shard").str.extract(r"(?:^|/)([^/]+?)-\d{5}-of-\d{5}[^/]*\.parquet(?:#.*)?$"), "source")
+SPLIT = pl.coalesce(
+    pl.col("shard").cast(pl.String).str.extract(r"(?:^|/)([^/]+?)-\d{5}-of-\d{5}[^/]*\.parquet(?:#.*)?$"),
+    pl.col("source").cast(pl.String),
+)
 
 
 def resolve_per(per: str, shards: Sequence[Shard]) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from dedup import manifest
+
 LATER = ("error", "phash", "dhash", "pdq", "pdq_d4")  # two thirds of the bytes of a row; no decision reads them
 
 
@@ -21,9 +23,10 @@ class Signatures:
     sizes: list[int]
 
     def read(self) -> pl.DataFrame:
-        """All rows with their `id`, without the columns LATER."""
+        """All rows with their `id`, without the columns LATER, and `manifest.compact`."""
         # One by one: of many at once polars takes a thread for each, and warns of a deadlock beyond 512.
-        files = [pl.scan_parquet(self._path(number)).drop(LATER).collect() for number in range(len(self.sizes))]
+        numbers = range(len(self.sizes))
+        files = [manifest.compact(pl.scan_parquet(self._path(number)).drop(LATER).collect()) for number in numbers]
         rows = pl.concat(files, how="diagonal").with_row_index("id")
         rows = rows.with_columns(pl.col("id").cast(pl.Int64))
         for name in rows.columns:  # one by one, so that no more than one of them is there twice

@@ -34,6 +34,8 @@ def test_keeper_order_is_total_and_knows_no_order_of_arrival(rows: list[dict], r
     for held in (None, "held"):
         rank = policy.keeper_rank(table, table[held] if held else None)
         assert sorted(rank) == list(range(len(rows)))
+        ranked = table.with_columns(rank=policy.keeper_rank(table))
+        assert policy.keeper_rank(ranked, table[held] if held else None).equals(rank)
         order = list(range(len(rows)))
         random.shuffle(order)
         shuffled = table[order]
@@ -68,7 +70,9 @@ def test_captions_of_all_that_a_kept_row_stands_for() -> None:
             "kept_id": [1, None, 1, None, 1],
         }
     )
-    assert policy.merge_captions(rows).to_list() == [None, ["a", "b"], None, [], None]
+    rows = rows.with_columns(captions=policy.merge_captions(rows))
+    assert rows["captions"].to_list() == [None, ["a", "b"], None, None, None]
+    assert rows.select(policy.tell_captions())["captions"].to_list() == [None, ["a", "b"], None, [], None]
 
 
 SAID = st.tuples(
