@@ -5,6 +5,7 @@ are described in docs/architecture.md.
 """
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -86,7 +87,7 @@ def write(
     manifest.write(out, table, partial(_complete, signatures))
     manifest.write_parquet(out / "pairs.parquet", pairs)
     manifest.write_parquet(out / "deduplicated.parquet", _list_ready(table))
-    manifest.write_atomic(out / "deduplicated.jsonl", lambda path: _write_lines(path, table))
+    manifest.write_atomic(out / "deduplicated.jsonl", lambda path: _write_lines(path, _list_ready(table)))
     place = pl.when(pl.col("shard").is_null()).then("key").otherwise(pl.concat_str("shard", pl.lit(":"), "key"))
     evidence = table[leaks["id"]].select("signal", "score", "orientation", row=place)
     leaking = leaks.rename({"cluster_id": "picture"}).drop("id").hstack(evidence)
@@ -120,19 +121,19 @@ def _complete(signatures: Signatures, rows: pl.DataFrame) -> pl.DataFrame:
     return manifest.conform(rows.with_columns(policy.tell_captions()).hstack(signatures.take(rows["id"])))
 
 
-def _list_ready(table: pl.DataFrame) -> pl.LazyFrame:
-    """Of the rows of `decide` those that are kept, with what a training needs."""
+def _list_ready(table: pl.DataFrame) -> Iterator[pl.DataFrame]:
+    """Of the rows of `decide` those that are kept, with what a training needs; part by part, for their text."""
     columns = ["id", "source", "shard", "offset", "size", "key", "caption", "captions", "represents", "weight"]
-    ready = table.select(*columns, "keep").filter("keep").lazy()  # in memory: how many there are decides the row groups
-    text = [pl.col(name).cast(pl.String) for name in manifest.FEW if name in columns]
-    return ready.with_columns(policy.tell_captions(), *text).select(columns)
+    schema = {name: manifest.SCHEMA[name] for name in columns}
+    for part in table.select(*columns, "keep").iter_slices(manifest.ROWS_PER_FILE):
+        yield manifest.conform(part.filter("keep").with_columns(policy.tell_captions()), schema)
 
 
-def _write_lines(path: Path, table: pl.DataFrame) -> None:
+def _write_lines(path: Path, parts: Iterator[pl.DataFrame]) -> None:
     """As JSON, part by part: polars would have all of the text in memory before it writes any."""
     with path.open("wb") as file:
-        for part in table.iter_slices(manifest.ROWS_PER_FILE):
-            _list_ready(part).collect().write_ndjson(file)
+        for part in parts:
+            part.write_ndjson(file)
 
 
 def count(table: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, Any]:

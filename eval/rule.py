@@ -31,11 +31,11 @@ class Rule:
 
     detector: str | None = DRAFT  # or one of EVALUATIONS; None: every prompt gets its first images
     noises: int = 1  # of each caption
-    draft_steps: int = 2
+    draft_steps: int = 3
     within: float = 1.2  # a prompt goes on when its draft is within so many δ
     spread: float = -0.5  # of a detector: median absolute deviations (as standard deviations) above the median
-    first: int = 1  # images before a prompt is given up
-    near: float = 1.2  # it goes on as long as its nearest image is within so many δ
+    first: int = 4  # images before a prompt is given up
+    near: float = 1.5  # it goes on as long as its nearest image is within so many δ
     until: str = "extracted"  # or "direct": the column of the clique attack that settles a prompt
     check: float = 0.1  # share of the prompts given up that get the full schedule
 

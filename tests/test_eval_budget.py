@@ -110,7 +110,7 @@ def test_as_many_extractions_as_the_full_schedule_from_fewer_images(runs):
 def test_drafts_choose_what_is_memorised_in_any_run(runs):
     """One model is the dataset, the other the half of it: who is given back by the first alone is chosen for both."""
     about = generate_within(runs, Rule(check=1.0), **OPTIONS)
-    assert about["evaluations"]["looks"] == 2 * len(attack(runs[0]))
+    assert about["evaluations"]["looks"] == 3 * len(attack(runs[0]))
     assert [told["extracted"] for told in about["arms"]] == [6, 2]
     assert [told["missed"] for told in about["arms"]] == [0, 0]
     assert about["chosen"] == 6  # the controls are not
@@ -128,7 +128,7 @@ def test_a_draft_without_numbers_is_no_reason_to_stop(runs, monkeypatch):
 
     monkeypatch.setattr("eval.budget.open_sampler", lambda *_: nothing)
     about = generate_within(runs[:1], Rule(check=0.0), **OPTIONS)
-    assert (about["chosen"], about["images"]) == (8, 8)
+    assert (about["chosen"], about["images"]) == (8, 8 * 4)
 
 
 def test_what_was_pruned_is_a_row_and_what_was_missed_is_said(runs, monkeypatch):
