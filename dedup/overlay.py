@@ -232,7 +232,7 @@ def _compare_patterns(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndar
     x, y = (cv2.GaussianBlur(luma, (0, 0), 0.8) for luma in (x, y))
     mean_x, mean_y = _blur(x), _blur(y)
     variance_x, variance_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
-    around = [cv2.copyMakeBorder(each, *[SHIFT] * 4, cv2.BORDER_WRAP) for each in (y, mean_y, variance_y)]
+    around = [cv2.copyMakeBorder(each, SHIFT, SHIFT, SHIFT, SHIFT, cv2.BORDER_WRAP) for each in (y, mean_y, variance_y)]
     best = np.full(x.shape, -1, np.float32)
     for dx in range(2 * SHIFT + 1):
         for dy in range(2 * SHIFT + 1):
