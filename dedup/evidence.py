@@ -79,9 +79,9 @@ def judge(load_a: Load, load_b: Load, found: geometry.Match, *, strict: bool) ->
     """
     pixels_a, pixels_b = load_a(PICTURE).pixels, load_b(PICTURE).pixels
     strict |= min(max(pixels_a.shape), max(pixels_b.shape)) < overlay.SIDE
-    alignment = overlay.align(pixels_a, pixels_b, found)
-    kind = overlay.classify(found, alignment, strict=strict)
-    if kind is not None and overlay.needs_close_look(found, alignment, strict=strict):
+    alignment = overlay.align(pixels_a, pixels_b, found, strict=strict)
+    kind = overlay.classify(found, alignment)
+    if kind is not None and overlay.needs_close_look(found, alignment):
         a, b = load_a(look.CLOSE_SIDE), load_b(look.CLOSE_SIDE)
         if alignment.covered >= overlay.SAME_FRAME:
             kind = "copy" if verify.is_same_picture(b, a, geometry.orientation(found)) else "look-alike"

@@ -30,8 +30,11 @@ def join_brute_force(words: np.ndarray, radius: int, limit: int) -> np.ndarray:
     The eight codes of j are compared with the upright code of i.
     """
     parts = [np.empty((0, 2), np.int64)]
+    upright = np.ascontiguousarray(words[:, 0].T)  # (4, n)
     for j in range(1, len(words)):
-        distance = np.bitwise_count(words[j][:, None, :] ^ words[None, :j, 0, :]).sum(axis=2)  # (8, j)
+        distance = np.zeros((8, j), np.uint16)
+        for word, others in zip(words[j].T, upright, strict=True):  # numpy reduces short axes slowly
+            distance += np.bitwise_count(word[:, None] ^ others[:j])
         orientation, i = np.nonzero(distance <= radius)
         keys = np.sort(pack(i, orientation, distance[orientation, i]))
         best = keys[np.diff(keys >> KEY_BITS, prepend=-1) > 0][:limit]

@@ -11,7 +11,6 @@ import functools
 import hashlib
 
 import numpy as np
-import scipy.fftpack
 from PIL import Image
 from scipy.sparse import csr_array
 
@@ -59,6 +58,8 @@ def grey_thumbnails(grey: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def phash(grey: np.ndarray) -> np.ndarray:
     """uint8 (n, 32, 32) → bool (n, 64), bit for bit `imagehash.phash`: low 8×8 of the DCT-II, above its median."""
+    import scipy.fftpack  # a quarter of a second that only who hashes needs
+
     rows = scipy.fftpack.dct(grey, axis=1)
     low = scipy.fftpack.dct(rows, axis=2)[:, :8, :8]  # (n, 8, 8)
     return (low > np.median(low, axis=(1, 2), keepdims=True)).reshape(len(grey), 64)

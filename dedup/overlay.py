@@ -52,47 +52,59 @@ class Alignment:
     agreement: float  # share of the textured places with the same pattern
     unexplained: float  # share of the agreeing places whose colour no common tone curve, fading or tint explains
     recoloured: float  # share of them with another colour
-    composed: bool  # the picture that is covered more ends in blank paper, but the other one goes on beyond
+    strict: bool  # to be judged as drawings are, whatever they look like
+    drawn: bool  # they look drawn, or are to be judged as if they were
+    composed: bool  # of drawn ones: what is covered more ends in blank paper, but the other picture goes on beyond
 
     @property
     def score(self) -> float:
         return self.agreement * (1 - self.unexplained)
 
 
-def align(a: np.ndarray, b: np.ndarray, found: Match) -> Alignment:
-    """uint8 (H, W, 3) twice and their Match → Alignment. The frame is the picture that is covered more."""
+def align(a: np.ndarray, b: np.ndarray, found: Match, *, strict: bool = False) -> Alignment:
+    """uint8 (H, W, 3) twice and their Match → Alignment. The frame is the picture that is covered more.
+
+    strict: judge them as drawings are judged.
+    """
     frame, other, onto, overlap, covered = _choose_frame(a, b, found)
     x = _shrink(frame, SIDE)  # (h, w, 3)
     y, inside = _lay_over(other, onto, x.shape[:2])
     agrees, textured = _compare_patterns(x[..., 0], y[..., 0])
     even = np.stack([_is_even(each[..., 0]) for each in (x, y)])  # (2, h, w)
     textured &= inside
-    ground = even.all(axis=0) & (np.abs(x - y).max(axis=2) < COLOUR_LIMIT)  # white paper proves nothing
+    off = cv2.absdiff(x, y)
+    off = np.maximum(np.maximum(off[..., 0], off[..., 1]), off[..., 2])  # numpy reduces short axes slowly
+    ground = even.all(axis=0) & (off < COLOUR_LIMIT)  # white paper proves nothing
     known = inside & (agrees | ~textured) & ~ground
     unexplained, recoloured = _compare_colours(_blur(x, COLOUR_WINDOW), _blur(y, COLOUR_WINDOW), known)
+    ground_share = _share(ground, inside, 1.0)
+    drawn = strict or ground_share > DRAWING
     return Alignment(
         overlap=overlap,
         covered=covered,
         places=float(textured.sum() / WINDOW**2),
-        even=float(ground[inside].mean()) if inside.any() else 1.0,
-        agreement=float(agrees[textured].mean()) if textured.any() else 0.0,
+        even=ground_share,
+        agreement=_share(agrees, textured, 0.0),
         unexplained=unexplained,
         recoloured=recoloured,
-        composed=_is_composed(x.shape, even[0], other, onto),
+        strict=strict,
+        drawn=drawn,
+        composed=drawn and _is_composed(x.shape, even[0], other, onto),
     )
 
 
-def classify(found: Match, alignment: Alignment, *, strict: bool = False) -> str | None:
-    """`copy`, `same-scene` or None: nothing that is worth a word. strict: judge as drawings are judged.
+def classify(found: Match, alignment: Alignment) -> str | None:
+    """`copy`, `same-scene` or None: nothing that is worth a word.
 
     Drawings (in a fiftieth of the overlap both have one smooth colour, with less noise than a camera's) carry their
     meaning in few lines and colours: both must agree nearly everywhere, and up close (`lay_closely`). They are put
     together from others: a head that ends in blank paper is no crop of a figure.
     """
-    wide = alignment.overlap >= (SAME_FRAME if strict else MIN_OVERLAP)  # a pattern that repeats fits itself, moved
+    least = SAME_FRAME if alignment.strict else MIN_OVERLAP  # a pattern that repeats fits itself, moved
+    wide = alignment.overlap >= least
     enough = wide and alignment.places >= MIN_PLACES and found.inliers >= COPY_EVIDENCE
     enough &= alignment.unexplained <= REPAINTED or alignment.recoloured > MOST
-    if strict or alignment.even > DRAWING:
+    if alignment.drawn:
         plain = alignment.agreement * (1 - alignment.recoloured)
         sure = min(plain, alignment.score) >= DRAWING_SCORE
         sure &= not alignment.composed
@@ -103,10 +115,9 @@ def classify(found: Match, alignment: Alignment, *, strict: bool = False) -> str
     return "same-scene" if found.inliers >= SCENE_INLIERS and alignment.agreement >= SCENE_AGREEMENT else None
 
 
-def needs_close_look(found: Match, alignment: Alignment, *, strict: bool = False) -> bool:
-    """Whether they look drawn, or are to be judged as if they were, or show one frame and have little in common."""
-    little = alignment.covered >= SAME_FRAME and found.inliers < FEW_INLIERS
-    return strict or alignment.even > DRAWING or little
+def needs_close_look(found: Match, alignment: Alignment) -> bool:
+    """Whether they are drawn, or show one frame and have little in common."""
+    return alignment.drawn or (alignment.covered >= SAME_FRAME and found.inliers < FEW_INLIERS)
 
 
 def lay_closely(a: np.ndarray, b: np.ndarray, found: Match) -> tuple[np.ndarray, np.ndarray]:
@@ -137,7 +148,7 @@ def _choose_frame(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, float]:
     """The picture that is covered more, the other one, the map from the first to it, and the share covered of each."""
     if found.mirrored:
-        a = a[:, ::-1]
+        a = cv2.flip(a, 1)
     back = np.linalg.inv(found.transform)
     of_a, of_b = _coverage(a.shape, b.shape, found.transform), _coverage(b.shape, a.shape, back)
     return (a, b, found.transform, of_a, of_b) if of_a >= of_b else (b, a, back, of_b, of_a)
@@ -221,14 +232,21 @@ def _compare_patterns(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndar
     x, y = (cv2.GaussianBlur(luma, (0, 0), 0.8) for luma in (x, y))
     mean_x, mean_y = _blur(x), _blur(y)
     variance_x, variance_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
+    around = [cv2.copyMakeBorder(each, SHIFT, SHIFT, SHIFT, SHIFT, cv2.BORDER_WRAP) for each in (y, mean_y, variance_y)]
     best = np.full(x.shape, -1, np.float32)
-    for dx in range(-SHIFT, SHIFT + 1):
-        for dy in range(-SHIFT, SHIFT + 1):
-            moved = np.roll(y, (dy, dx), axis=(0, 1))
-            covariance = _blur(x * moved) - mean_x * np.roll(mean_y, (dy, dx), axis=(0, 1))
-            scale = np.sqrt(np.maximum(variance_x * np.roll(variance_y, (dy, dx), axis=(0, 1)), 0))
+    for dx in range(2 * SHIFT + 1):
+        for dy in range(2 * SHIFT + 1):
+            moved, mean, variance = (each[dy : dy + len(x), dx : dx + x.shape[1]] for each in around)
+            covariance = _blur(x * moved) - mean_x * mean
+            scale = np.sqrt(np.maximum(variance_x * variance, 0))
             best = np.maximum(best, covariance / (scale + MIN_CONTRAST**2 / 2))
     return best > MIN_CORRELATION, np.maximum(variance_x, variance_y) > MIN_CONTRAST**2
+
+
+def _share(these: np.ndarray, among: np.ndarray, of_none: float) -> float:
+    """bool (h, w) twice: how many of the second are of the first, 0 … 1, `of_none` where there are none."""
+    count = np.count_nonzero(among)
+    return np.count_nonzero(these & among) / count if count else of_none
 
 
 def _blur(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
@@ -241,7 +259,7 @@ def _compare_colours(x: np.ndarray, y: np.ndarray, known: np.ndarray) -> tuple[f
     First, what the best tone curve, tint and light leave: editing a picture changes all of it alike, or more towards
     its corners, and another picture differs in places. Either may be the edited one. Second, as they are.
     """
-    places = np.argwhere(known)[::STEP]
+    places = np.stack(np.unravel_index(np.flatnonzero(known)[::STEP], known.shape), axis=1)  # (n, 2)
     if len(places) < MIN_PLACES:
         return 1.0, 1.0
     light = _powers(places / max(known.shape) - 0.5)  # (n, 6)

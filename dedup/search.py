@@ -14,7 +14,7 @@ from dedup import engine, hamming
 
 RADIUS = 35  # PDQ recommends 31 (ThreatExchange, pdq/README); decoding at reduced scale may add a few bits
 LIMIT = 64  # partners a row keeps
-BRUTE_FORCE = 1_500  # up to here comparing all pairs is faster than loading the compiled join
+BRUTE_FORCE = 4_000  # up to here comparing all pairs is faster than loading the compiled join
 IN_MEMORY = 200_000  # codes up to which threads are done before processes would have begun
 
 

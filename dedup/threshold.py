@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import brentq
 
 FURTHEST = 1_000  # times rarer than one in the sample: the least probability that is claimed
 MIN_SCORES = 1_000  # scores that a tail is fitted to
@@ -197,5 +196,7 @@ def _fit(heights: np.ndarray, width: float, step: float) -> Fit:
     longest = max(25 * width, 2 * shortest)
     if excess(shortest) >= 0:  # by the last bit, when nothing is missing beyond the width
         return Fit(len(heights) / -math.expm1(-width / shortest), shortest)
+    from scipy.optimize import brentq  # a quarter of a second, for large datasets alone
+
     scale = brentq(excess, shortest, longest) if excess(longest) > 0 else longest
     return Fit(len(heights) / -math.expm1(-width / scale), scale)

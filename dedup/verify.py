@@ -47,6 +47,13 @@ def orient(pictures: np.ndarray, orientation: int) -> np.ndarray:
     return np.rot90(turned, orientation % 4, axes=(1, 2))
 
 
+def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """As `orient`, of one picture uint8 (H, W, 3): numpy takes forty times as long to copy what is mirrored."""
+    turned = cv2.flip(pixels, 1) if orientation >= 4 else pixels
+    quarter = (None, cv2.ROTATE_90_COUNTERCLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_CLOCKWISE)[orientation % 4]
+    return turned if quarter is None else cv2.rotate(turned, quarter)
+
+
 def residuals(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """uint8 (n, S, S, 3) twice → float32 (n, 2) RMS over the whole and over the worst tile, plain and smoothed."""
     difference = (a.astype(np.float32) - b.astype(np.float32)) / 255
@@ -101,7 +108,7 @@ def is_same_picture(a: Decoded, b: Decoded, orientation: int = 0) -> bool:
 
     A JPEG may have been decoded at reduced scale, with sides of at least DETAIL.
     """
-    turned = orient(b.pixels[None], orientation)[0]
+    turned = _turn(b.pixels, orientation)
     untouched = a.pixels.shape == turned.shape and LOSSY.isdisjoint((a.format, b.format))
     limit = MAX_LOSSLESS if untouched else MAX_LOSSY
     if not is_close(a.pixels, turned, limit):

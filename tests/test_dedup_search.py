@@ -76,10 +76,10 @@ def test_the_bands_prove_exactness(groups: int) -> None:
 
 def test_a_pair_that_matches_upright_and_mirrored_is_upright() -> None:
     rng = np.random.default_rng(4)
-    codes = rng.integers(0, 256, (1_600, 8, 32), dtype=np.uint8)
-    codes[1_500] = codes[3, 0]  # every orientation of the later one matches, the upright one least well
-    codes[1_500, 0, :3] ^= 0xFF
-    for found in (search.join_hamming(codes), search.join_hamming(codes[[3, 1_500]])):
+    codes = rng.integers(0, 256, (4_100, 8, 32), dtype=np.uint8)
+    codes[4_000] = codes[3, 0]  # every orientation of the later one matches, the upright one least well
+    codes[4_000, 0, :3] ^= 0xFF
+    for found in (search.join_hamming(codes), search.join_hamming(codes[[3, 4_000]])):
         assert found["orientation"].to_list() == [0]
         assert found["hamming"].to_list() == [24]
 

@@ -132,7 +132,7 @@ from dedup import overlay, reader
 from dedup.options import Options
 from dedup.pipeline import deduplicate
 reader.REMEMBERED = 1
-overlay.align = lambda *_: os._exit(9)  # nobody tidies up; all features have been matched by then
+overlay.align = lambda *_, **__: os._exit(9)  # nobody tidies up; all features have been matched by then
 deduplicate({places}, Options("copy"), jobs=1)
 """
     died = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False, capture_output=True, text=True)
