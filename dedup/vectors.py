@@ -141,12 +141,18 @@ def read_external(folder: Path, keys: Sequence[str]) -> np.ndarray:
 
 
 def _read_names(path: Path, vectors: Path, rows: int) -> pl.Series:
+    from pyarrow import ArrowException  # polars would end with the process where the file is damaged
+    from pyarrow.parquet import ParquetFile
+
     try:
-        columns = pl.read_parquet_schema(path)
-        column = "image_path" if "image_path" in columns else "key" if "key" in columns else None
-        names = None if column is None else pl.read_parquet(path, columns=[column])[column].cast(pl.String)
-    except (OSError, pl.exceptions.PolarsError) as error:
+        with ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            column = "image_path" if "image_path" in columns else "key" if "key" in columns else None
+            chosen = [] if column is None else file.read([column], use_threads=False)[column].to_pylist()
+    except (OSError, ArrowException, ValueError) as error:
         raise EmbeddingError(f"{path}, which names the rows of {vectors.name}, cannot be read: {error}") from error
+    told = [None if name is None else str(name) for name in chosen]
+    names = None if column is None else pl.Series("name", told, dtype=pl.String)
     if names is None or names.null_count():
         raise EmbeddingError(f"{path} names no pictures: a column image_path or key without gaps is needed")
     if len(names) != rows:

@@ -5,11 +5,12 @@ In: the parquet file beside `00000.tar` or `00000/`. Out: a record without bytes
 """
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
-import polars as pl
-
-from dedup.sources import Record
+from dedup.sources import Record, SourceError
+from dedup.sources.parquet import open_file
 
 COLUMNS = ("key", "status", "error_message", "caption")
 
@@ -19,15 +20,28 @@ def read_failed(path: Path, prefix: str = "") -> Iterator[Record]:
     if not path.is_file():
         return
     try:
-        names = pl.read_parquet_schema(path)
-        if not {"key", "status"} <= names.keys():
-            return
-        table = pl.read_parquet(path, columns=[name for name in COLUMNS if name in names])
-    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        reason = str(error).partition("\n")[0]
-        yield Record(prefix + path.name, 0, 0, None, None, f"the list of failed downloads cannot be read ({reason})")
+        rows = list(_read_rows(path))
+    except SourceError as error:
+        reason = f"the list of failed downloads cannot be read ({error})"
+        yield Record(prefix + path.name, 0, 0, None, None, reason)
         return
-    text = table.select(pl.all().cast(pl.String, strict=False))
-    for row in text.filter(pl.col("status").ne_missing("success")).iter_rows(named=True):
-        why = f"{row['status']}: {row.get('error_message')}"
-        yield Record(f"{prefix}{row['key']}", 0, 0, None, row.get("caption"), why)
+    for row in rows:
+        if row["status"] != "success":
+            caption = row.get("caption")
+            why = f"{row['status']}: {row.get('error_message')}"
+            yield Record(f"{prefix}{row['key']}", 0, 0, None, None if caption is None else str(caption), why)
+
+
+def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Not by polars, which a damaged file ends together with the process."""
+    from pyarrow import ArrowException
+
+    with closing(open_file(path)) as file:
+        names = set(file.schema_arrow.names)
+        if not {"key", "status"} <= names:
+            return
+        try:
+            for batch in file.iter_batches(columns=[name for name in COLUMNS if name in names], use_threads=False):
+                yield from batch.to_pylist()
+        except (OSError, ArrowException, ValueError) as error:  # the last: what is no text or no time
+            raise SourceError(str(error).partition("\n")[0]) from error
