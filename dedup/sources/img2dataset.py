@@ -5,12 +5,10 @@ In: the parquet file beside `00000.tar` or `00000/`. Out: a record without bytes
 """
 
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from dedup.sources import Record, SourceError
-from dedup.sources.parquet import open_file
 
 COLUMNS = ("key", "status", "error_message", "caption")
 
@@ -35,13 +33,14 @@ def read_failed(path: Path, prefix: str = "") -> Iterator[Record]:
 def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Not by polars, which a damaged file ends together with the process."""
     from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
 
-    with closing(open_file(path)) as file:
-        names = set(file.schema_arrow.names)
-        if not {"key", "status"} <= names:
-            return
-        try:
+    try:
+        with ParquetFile(path, pre_buffer=False) as file:
+            names = set(file.schema_arrow.names)
+            if not {"key", "status"} <= names:
+                return
             for batch in file.iter_batches(columns=[name for name in COLUMNS if name in names], use_threads=False):
                 yield from batch.to_pylist()
-        except (OSError, ArrowException, ValueError) as error:  # the last: what is no text or no time
-            raise SourceError(str(error).partition("\n")[0]) from error
+    except (OSError, ArrowException, ValueError) as error:  # the last: what is no text or no time
+        raise SourceError(str(error).partition("\n")[0]) from error
