@@ -1,6 +1,7 @@
 """Time and memory of deduplication at scale: made-up signatures to manifest, real pictures, engines, and kills.
 
     python benchmarks/scale.py rows --work DIR [--sizes 100000,1000000,10000000] [--memory-budget 4GB]
+    python benchmarks/scale.py plot TABLE.md docs/scale.svg
     python benchmarks/scale.py images --work DIR --photos DIR [--pictures 100000]
     python benchmarks/scale.py engines --work DIR --photos DIR [--pictures 100000]
     python benchmarks/scale.py kills --work DIR --photos DIR [--times 20]
@@ -10,7 +11,8 @@ manifest. 1 % of the rows are copies, byte for byte, of others; 1 % have a code 
 random orientation; a tenth is one chain, each link 28 bits or less from the next. **No picture is read**: a stand-in
 answers for the second reading, and confirms every candidate. All planted pairs must be found. Each size is a process of
 its own, the exponent that of time between neighbouring sizes; memory is the largest sum of proportional set sizes over
-the process tree, sampled.
+the process tree, sampled, of each stage. `--planted` leaves out the search: what was planted stands for what it finds.
+`plot` draws the table that `rows` printed.
 `images`: JPEGs of 256 pixels, blends of two photographs, a twentieth of them copies of others, in tars of 1,000,
 through `dedup --level hash` by one process and by two. `engines`: the same by two local processes and by Ray.
 `kills`: a few such pictures in tars of 50; the run is killed (SIGKILL) at a random moment and started again.
@@ -28,6 +30,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
@@ -48,6 +51,7 @@ from dedup import (
     manifest,
     memory,
     options,
+    pairing,
     pipeline,
     search,
     sources,
@@ -57,6 +61,7 @@ from dedup import (
 from dedup.fingerprint import fingerprint_shard
 
 app = typer.Typer()
+STAGES = ("fingerprint", "search", "verify", "decide", "write")
 PER_FILE = 10_000
 PLANTED = 100  # one row in so many is a copy of the bytes, one in so many a near code
 CHAIN = 10  # one row in so many is a link
@@ -189,11 +194,31 @@ def make_rows(n: int, src: Path, out: Path) -> None:
 
 
 @app.command(hidden=True)
-def one(src: Path, out: Path, jobs: int, budget: int) -> None:
+def one(src: Path, out: Path, jobs: int, budget: int, planted: Annotated[bool, typer.Argument()]) -> None:
     """Deduplicate what `make_rows` made."""
-    chosen = options.Options(level="hash", per="none")
-    with mock.patch.object(engine.Workers, "run", stand_in):
+    chosen, timed = options.Options(level="hash", per="none"), engine.timed
+
+    def tell(seconds: dict[str, float], stage: str) -> Any:
+        (out / "stage").write_text(stage)
+        return timed(seconds, stage)
+
+    with (
+        mock.patch.object(engine.Workers, "run", stand_in),
+        mock.patch.object(engine, "timed", tell),
+        mock.patch.object(pairing.Near, "find", find_planted) if planted else nullcontext(),
+    ):
         pipeline.deduplicate(src, out, chosen, jobs=jobs, memory_budget=budget)
+
+
+def find_planted(near: pairing.Near, ids: pl.Series) -> pl.DataFrame:
+    """As `pairing.Near.find`."""
+    place = pl.Series(np.full(sum(near.signatures.sizes), -1)).scatter(ids, np.arange(len(ids)))
+    pairs = [(a, b) for kind, a, b in Planted(len(place)).pairs() if kind != "bytes"]
+    a, b = (np.concatenate(ends) for ends in zip(*pairs, strict=True))
+    first = place.gather(a).to_numpy() < place.gather(b).to_numpy()
+    found = {"i": np.where(first, a, b), "j": np.where(first, b, a)}
+    of_all = {"orientation": pl.lit(0, pl.Int32), "hamming": pl.lit(28, pl.Int32), "signal": pl.lit("pdq")}
+    return pl.DataFrame(found).with_columns(**of_all)
 
 
 def check(n: int, out: Path) -> str:
@@ -209,15 +234,17 @@ def check(n: int, out: Path) -> str:
     return ", ".join(missed)
 
 
-def measure(command: list[str]) -> tuple[float, float, float]:
-    """Wall and processor seconds, and the peak of the tree in GB."""
-    start, before, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN), 0
+def measure(command: list[str], stage: Path | None = None) -> tuple[float, float, dict[str, float]]:
+    """Wall and processor seconds, and the peak of the tree in GB by what is told in the file `stage`."""
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    peaks: dict[str, float] = {}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         tree = psutil.Process(process.pid)
         while process.poll() is None:
+            name = stage.read_text() if stage is not None and stage.exists() else ""
             try:
                 members = [tree, *tree.children(recursive=True)]
-                peak = max(peak, sum(p.memory_full_info().pss for p in members))
+                peaks[name] = max(peaks.get(name, 0), sum(p.memory_full_info().pss for p in members) / 1e9)
             except psutil.Error:  # a process ended while it was looked at
                 pass
             time.sleep(0.2)
@@ -225,7 +252,7 @@ def measure(command: list[str]) -> tuple[float, float, float]:
         raise RuntimeError(f"{command}: exit code {process.returncode}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return time.perf_counter() - start, processor, peak / 1e9
+    return time.perf_counter() - start, processor, peaks
 
 
 @app.command()
@@ -234,24 +261,51 @@ def rows(
     sizes: Annotated[str, typer.Option(help="Numbers of rows.")] = "100000,1000000",
     jobs: Jobs = 2,
     memory_budget: Annotated[str, typer.Option(help="Of the search.")] = "4GB",
+    planted: Annotated[bool, typer.Option("--planted", help="Without the search.")] = False,
 ) -> None:
     """Signature rows → manifest."""
-    budget = str(memory.parse_size(memory_budget))
-    stages = ("fingerprint", "search", "verify", "decide", "write")
-    print(f"| rows | {' | '.join(stages)} | seconds | CPU s | exponent of CPU s | peak GB | missed |")
-    print("|---:|" + "---:|" * (len(stages) + 4) + "---|")
+    budget, ran = str(memory.parse_size(memory_budget)), STAGES if not planted else STAGES[2:]
+    both = [f"{stage}, {what}" for stage in ran for what in ("s", "GB")]
+    print(f"| rows | {' | '.join(both)} | seconds | CPU s | exponent of CPU s | peak GB | missed |")
+    print("|---:|" + "---:|" * (len(both) + 4) + "---|")
     last = None
     for n in map(int, sizes.split(",")):
         src, out = work / f"shards-{n}" / "shards", work / f"shards-{n}" / "out"
         if not src.exists():
             subprocess.run([sys.executable, __file__, "make-rows", str(n), str(src), str(out)], check=True)
-        seconds, processor, peak = measure([sys.executable, __file__, "one", str(src), str(out), str(jobs), budget])
+        command = [sys.executable, __file__, "one", str(src), str(out), str(jobs), budget, str(planted)]
+        seconds, processor, peaks = measure(command, out / "stage")
         timings = json.loads((out / "timings.json").read_text())
         exponent = f"{math.log(processor / last[1]) / math.log(n / last[0]):.2f}" if last else ""
         last = n, processor
-        each = " | ".join(f"{timings[stage]:.1f}" for stage in stages)
-        told = f"{seconds:.1f} | {processor:.1f} | {exponent} | {peak:.2f} | {check(n, out)}"
+        each = " | ".join(f"{timings[stage]:.1f} | {peaks.get(stage, 0):.2f}" for stage in ran)
+        told = f"{seconds:.1f} | {processor:.1f} | {exponent} | {max(peaks.values()):.2f} | {check(n, out)}"
         print(f"| {n:,} | {each} | {told} |", flush=True)
+
+
+@app.command()
+def plot(
+    table: Annotated[Path, typer.Argument(help="With the lines that `rows` printed.")],
+    to: Annotated[Path, typer.Argument(metavar="SVG", help="The plot.")],
+) -> None:
+    """Seconds and memory by stage against rows."""
+    import matplotlib.pyplot as plt
+
+    lines = [line.strip("| \n").split(" | ") for line in table.read_text().splitlines() if line.startswith("| ")]
+    head = next(line for line in lines if line[0] == "rows" and "search, s" in line)
+    body = lines[lines.index(head) + 1 :]
+    body = [line for line in itertools.takewhile(lambda line: len(line) == len(head), body) if line[0] != "---:"]
+    columns = {name: [line[place].replace(",", "") for line in body] for place, name in enumerate(head)}
+    n = [float(cell) for cell in columns["rows"]]
+    plt.rcParams |= {"svg.hashsalt": "scale", "font.size": 9}
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, unit, name in zip(axes, ("s", "GB"), ("seconds", "peak of memory, GB"), strict=True):
+        for stage in STAGES:
+            axis.plot(n, [float(cell) for cell in columns[f"{stage}, {unit}"]], marker="o", label=stage)
+        axis.set(xscale="log", yscale="log", xlabel="rows", ylabel=name)
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    figure.savefig(to, metadata={"Date": None})
 
 
 # By arithmetic
@@ -363,7 +417,8 @@ def _time_runs(src: Path, work: Path, count: int, runs: dict[str, list[str]], re
     for _, (name, arguments) in itertools.product(range(repeats), runs.items()):
         out = work / "out"
         shutil.rmtree(out, ignore_errors=True)
-        taken, processor, peak = measure(_command(src, out, *arguments))
+        taken, processor, peaks = measure(_command(src, out, *arguments))
+        peak = max(peaks.values())
         seconds[name].append(taken)
         hashing = json.loads((out / "timings.json").read_text())["fingerprint"]
         told = f"{taken:.1f} | {processor:.1f} | {count / taken:.0f} | {count / hashing:.0f} | {peak:.2f}"

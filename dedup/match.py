@@ -67,20 +67,15 @@ SIGNALS = {"bytes": 0, "pixels": 1, "copy": 2}
 def _features_of(row: tuple, place: tuple[Path, int] | None, dataset: Dataset) -> features.Features:
     """Of a row of OUT: where the run has left them, else taken again."""
     if place is not None and place[0].exists():
-        return features.unpack(_open(place[0])[place[1]])
+        return features.unpack(evidence.open_features(place[0])[place[1]])
     picture = look.read_again(dataset.src, row, dataset.decode, min_side=features.SIDE)
     return features.extract(picture.pixels)
-
-
-@lru_cache(256)
-def _open(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r")
 
 
 def forget() -> None:
     """Drop the features that this process remembers."""
     _features_of.cache_clear()
-    _open.cache_clear()
+    evidence.open_features.cache_clear()
 
 
 def compare(
@@ -103,10 +98,6 @@ def compare(
 
 def _read_row(row: tuple, dataset: Dataset, side: int) -> images.Decoded:
     return look.read_again(dataset.src, row, dataset.decode, min_side=side)
-
-
-def _give(picture: images.Decoded, side: int) -> images.Decoded:
-    return picture
 
 
 def as_lossy(decoded: images.Decoded) -> images.Decoded:
@@ -139,15 +130,15 @@ def find(
     if prompts is not None:
         asked = pl.DataFrame({"query": range(len(prompts)), "prompt": prompts}, schema_overrides={"prompt": pl.String})
         near = add_captions(near, find_captions(index, asked).filter(pl.col("query").is_in(large)))
-    evidence: list[tuple] = []
+    judged: list[tuple] = []
     for query, candidates in list_candidates(index, near):
         pixels = pictures[query]
         height, width = pixels.shape[:2]
         picture = as_lossy(images.Decoded(pixels, width, height, ""))
-        evidence += compare(described[query], partial(_give, picture), candidates, index.dataset)
+        judged += compare(described[query], partial(evidence.give, picture), candidates, index.dataset)
     same = [(n, index.by_pixels.get(hashing.pixel_digest(pixels))) for n, pixels in enumerate(pictures)]
     equal = pl.DataFrame(same, schema={"query": pl.Int64, "id": pl.Int64}, orient="row").drop_nulls()
-    return rank(index, len(pictures), near, evidence, equal.with_columns(signal=pl.lit("pixels")))
+    return rank(index, len(pictures), near, judged, equal.with_columns(signal=pl.lit("pixels")))
 
 
 def find_near(
