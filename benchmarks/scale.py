@@ -303,6 +303,8 @@ def plot(
         for stage in STAGES:
             axis.plot(n, [float(cell) for cell in columns[f"{stage}, {unit}"]], marker="o", label=stage)
         axis.set(xscale="log", yscale="log", xlabel="rows", ylabel=name)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("" if unit == "s" else "{x:.1g}")
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
     figure.savefig(to, metadata={"Date": None})
