@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import polars as pl
 import typer
 
@@ -108,9 +109,7 @@ def follow(run: Path, asked: pl.DataFrame, controls: Path, n: int) -> dict[str, 
 
 def replay(rule: Rule, targets: pl.DataFrame, known: dict[str, dict[int, dict[str, Any]]], n: int) -> tuple[float, int]:
     """Share of the cost and extractions found, from images that are there; what is not known gives nothing back."""
-    name = f"{DRAFT}-{rule.draft_steps}" if rule.detector == DRAFT else rule.detector
-    assert name is not None
-    chosen = choose(rule, [targets[name].to_numpy()])
+    chosen = choose(rule, [np.array([look for _, look in list_looks(rule, targets)])])
     candidates = targets["target_id"].filter(pl.Series(chosen)).to_list()
 
     def look(target: str, images: int) -> list[dict[str, Any]]:
@@ -120,6 +119,12 @@ def replay(rule: Rule, targets: pl.DataFrame, known: dict[str, dict[int, dict[st
     hits = sum(known[name][images]["extracted"] for name, images in drawn.items() if name in known)
     cost = count_evaluations(rule, 1) * len(targets) + sum(drawn.values()) * STEPS
     return cost / (len(targets) * n * STEPS), hits
+
+
+def list_looks(rule: Rule, targets: pl.DataFrame) -> list[tuple[str, float]]:
+    """Every target with what the rule is told of it."""
+    name = f"{DRAFT}-{rule.draft_steps}" if rule.detector == DRAFT else rule.detector
+    return targets.select("target_id", pl.col(str(name))).rows()
 
 
 def list_rules() -> list[Rule]:
@@ -179,12 +184,15 @@ def main(
     ]
     rule = tune(list(zip(tables[:tuned], found[:tuned], strict=True)), n)
     print(f"\n{rule}\n")
+    missed: list[tuple[int, float]] = []
     print("| seed | prompts | cost | found of them | more | precision |\n|---|---|---|---|---|---|")
     for seed, (run, targets, known) in enumerate(zip(runs, tables, found, strict=True)):
         full = {name for name, rounds in known.items() if rounds[n]["extracted"]}
         about = generate_within([run], rule, **ask(run / "everybody.csv", controls, n))
         hits = set(attack(run).filter("extracted")["target_id"])
         print_row(seed, about, hits, full, set(known), dict(targets.select("target_id", "prompt_kind").iter_rows()))
+        missed += [(known[name][n]["matches"], look) for name, look in list_looks(rule, targets) if name in full - hits]
+    print("\nmissed, by images that match and draft, in δ:", sorted((count, round(-look, 1)) for count, look in missed))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ that were given up gets the full schedule, which says how many extractions the r
     unmemorize generate RUN_A RUN_B --budget -n 128
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from tqdm import tqdm
 
 from dedup import manifest
 from dedup.options import lock
@@ -26,6 +28,7 @@ from eval.denoiser import DenoiserError
 from eval.detectors import score_prompts
 from eval.extraction import clique_threshold, find_controls, read_images, score_clique
 from eval.generate import (
+    BATCH,
     GENERATIONS,
     decide,
     derive_seed,
@@ -224,10 +227,14 @@ def draft(arm: Arm, rule: Rule) -> np.ndarray:
     places = np.repeat([place[name] for name in arm.asked["target_id"]], rule.noises)
     prompts = [prompt for prompt in arm.asked["prompt"] for _ in range(rule.noises)]
     seeds = [derive_seed(name, j) for name in arm.asked["target_id"] for j in range(rule.noises)]
-    drawn = sampler(prompts, seeds)
-    targets = arm.yardstick.target_pixels[places]
-    distances = np.sqrt(np.square(scale(drawn.pixels) - scale(targets)).mean(axis=(1, 2, 3), dtype=np.float64))
-    distances[[status != "ok" for status in drawn.status]] = np.inf
+    distances = np.full(len(seeds), np.inf)
+    starts = range(0, len(seeds), BATCH)
+    for start in tqdm(starts, f"draft {arm.run.name}", unit=" batches", file=sys.stderr, disable=None):
+        part = slice(start, start + BATCH)
+        drawn = sampler(prompts[part], seeds[part])
+        off = scale(drawn.pixels) - scale(arm.yardstick.target_pixels[places[part]])  # (BATCH, R, R, 3)
+        ok = np.array([status == "ok" for status in drawn.status])
+        distances[part] = np.where(ok, np.sqrt(np.square(off).mean(axis=(1, 2, 3), dtype=np.float64)), np.inf)
     delta = arm.calibration.delta_of(arm.yardstick.targets)[places]
     in_delta = distances / np.maximum(delta, LEAST)
     nearest = in_delta.reshape(-1, rule.noises).min(axis=1)
