@@ -1,5 +1,6 @@
 """What a large dataset needs: searches in little memory, tables without what nobody reads, chains, and kills."""
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -176,3 +177,24 @@ def test_a_run_that_is_killed_at_any_moment_goes_on(crowd: Path, tmp_path: Path)
         assert done == {path: path.stat().st_mtime_ns for path in done}
         assert read_results(out) == read_results(tmp_path / "whole")
     assert manifest.read(tmp_path / "whole")["keep"].sum() < 30
+
+
+WRITE = """
+import sys, polars as pl
+from pathlib import Path
+from dedup import manifest
+n = 250_000
+lists = pl.Series([[f"caption {i}", "b"] if i % 10 == 0 else None for i in range(n)], dtype=pl.List(pl.String))
+frame = pl.DataFrame({"id": range(n), "text": [f"row {i}" * (i % 9) for i in range(n)], "captions": lists})
+manifest.write_parquet(Path(sys.argv[1]), frame)
+assert pl.read_parquet(sys.argv[1]).equals(frame)
+"""
+
+
+def test_equal_tables_are_equal_bytes_on_any_number_of_processors(tmp_path: Path) -> None:
+    paths = []
+    for threads in (1, 7):
+        paths.append(tmp_path / f"{threads}.parquet")
+        command = [sys.executable, "-c", WRITE, str(paths[-1])]
+        subprocess.run(command, check=True, env=os.environ | {"POLARS_MAX_THREADS": str(threads)})
+    assert paths[0].read_bytes() == paths[1].read_bytes()

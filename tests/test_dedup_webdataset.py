@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import random
 import subprocess
 import sys
 import tarfile
@@ -25,6 +26,7 @@ from dedup.options import Options
 from dedup.pipeline import deduplicate
 from dedup.sources import SourceError, webdataset
 from dedup.sources.demo import write_shard
+from dedup.sources.img2dataset import read_failed
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 LINKS = (tarfile.SYMTYPE, tarfile.LNKTYPE)
@@ -382,6 +384,20 @@ def test_foreign_and_broken_lists(downloaded: Path) -> None:
     pl.DataFrame({"key": [1, None], "status": [None, "success"]}).write_parquet(path)  # neither text nor complete
     *_, last = read_all(downloaded)
     assert (last.key, last.error) == ("1", "None: None")
+
+
+def test_no_damaged_list_ends_the_process(tmp_path: Path) -> None:
+    """Among these 700 is one that polars, which wrote it, does not survive when it reads it."""
+    path, rng = tmp_path / "00000.parquet", random.Random(1)
+    write_list(path, [(f"{n:09d}", "failed_to_download", "why", "caption") for n in range(50)])
+    whole = path.read_bytes()
+    for _ in range(700):
+        damaged = bytearray(whole)
+        for _ in range(rng.randint(1, 3)):
+            place, value = rng.randrange(len(whole)), rng.randrange(256)
+            damaged[place] = value
+        path.write_bytes(damaged)
+        assert all(record.error for record in read_failed(path))
 
 
 @settings(max_examples=100, deadline=None)
