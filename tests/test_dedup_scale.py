@@ -183,9 +183,10 @@ WRITE = """
 import sys, polars as pl
 from pathlib import Path
 from dedup import manifest
-n = 250_000
-lists = pl.Series([[f"caption {i}", "b"] if i % 10 == 0 else None for i in range(n)], dtype=pl.List(pl.String))
-frame = pl.DataFrame({"id": range(n), "text": [f"row {i}" * (i % 9) for i in range(n)], "captions": lists})
+n = 400_000
+frame = pl.DataFrame({"id": range(n), "text": [f"caption {i % 1000} " + "x" * (i % 37) for i in range(n)]})
+frame = frame.with_columns(captions=pl.when(pl.col("id") % 10 == 0).then(pl.concat_list("text", pl.lit("b"))))
+frame = frame.filter(pl.col("id") % 9 > 0)  # in pieces, as many as there are threads, of which polars makes pages
 manifest.write_parquet(Path(sys.argv[1]), frame)
 assert pl.read_parquet(sys.argv[1]).equals(frame)
 """
