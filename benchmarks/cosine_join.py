@@ -1,17 +1,18 @@
 """The cosine join: time, memory and recall; what it finds among look-alikes; and what the null model promises.
 
-    python benchmarks/cosine_join.py join [--sizes 10000,100000,1000000]
+    python benchmarks/cosine_join.py join [--sizes 10000,100000,1000000] [--probes 48,192] [--peer]
     python benchmarks/cosine_join.py ask [--rows 1000000] [--queries 1,4,100,1000]
     python benchmarks/cosine_join.py candidates --images DIR [--others DIR …]
     python benchmarks/cosine_join.py null --images DIR [--same GROUP,GROUP …]
 
 `join`, `ask`: made-up vectors with a spectrum that falls off; 5 % of the rows are partners of another at cosine
-0.5 … 0.9. `candidates`, `null`: pictures named GROUP@EDIT.jpg; pictures of different groups count as unrelated,
+0.5 … 0.9. `--peer` lets FAISS search the same vectors: flat where ours is exact, else with as many cells and probes.
+`candidates`, `null`: pictures named GROUP@EDIT.jpg; pictures of different groups count as unrelated,
 whatever they show (but see `--same`), and each picture of `--others` is a group of its own.
 """
 
+import itertools
 import json
-import math
 import resource
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+import faiss
 import numpy as np
 import polars as pl
 import typer
@@ -29,6 +31,8 @@ from dedup import embedding, features, images, neighbours, products, threshold, 
 app = typer.Typer()
 WIDTH = 512
 BATCH = 16
+THRESHOLD = 0.4  # cosine
+SAMPLE = 2_048  # rows that are searched exactly
 Images = Annotated[Path, typer.Option(help="Folder with GROUP@EDIT.jpg.")]
 Encoder = Annotated[str, typer.Option(help="Name of the encoder.")]
 Jobs = Annotated[int, typer.Option(help="Threads.")]
@@ -58,35 +62,71 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
+def join_faiss(vectors: np.ndarray, jobs: int) -> pl.DataFrame:
+    """As `neighbours.join_cosine`, in 32 bits; of vectors as FAISS wants them."""
+    n, cosine = len(vectors), faiss.METRIC_INNER_PRODUCT
+    faiss.omp_set_num_threads(jobs)
+    index = faiss.IndexFlatIP(WIDTH)
+    if n > neighbours.EXACT_UP_TO:
+        index = faiss.IndexIVFFlat(index, WIDTH, n // neighbours.CELL_ROWS, cosine)
+        index.cp.niter, index.cp.max_points_per_centroid = neighbours.ROUNDS, neighbours.TRAINING_ROWS
+        index.nprobe = neighbours.PROBES
+        index.train(vectors)
+    index.add(vectors)
+    score, other = index.search(vectors, neighbours.K + 1)
+    row, place = np.nonzero((score >= THRESHOLD) & (other >= 0) & (other != np.arange(n)[:, None]))
+    ends = row, other[row, place]
+    return pl.DataFrame({"i": np.minimum(*ends), "j": np.maximum(*ends)}).unique()
+
+
+def measure_recall(vectors: np.ndarray, pairs: pl.DataFrame) -> float:
+    """Of the partners that FAISS's exact search finds for some rows, the share that is among the pairs, a row."""
+    exact, n = faiss.IndexFlatIP(WIDTH), len(vectors)
+    for start in range(0, n, 10_000):
+        exact.add(vectors[start : start + 10_000].astype(np.float32))
+    rows = np.random.default_rng(1).choice(n, min(n, SAMPLE), replace=False)
+    score, other = exact.search(vectors[rows].astype(np.float32), neighbours.K + 1)
+    row, place = np.nonzero((score >= THRESHOLD) & (other != rows[:, None]))
+    ends = rows[row], other[row, place]
+    wanted = pl.DataFrame({"row": row, "i": np.minimum(*ends), "j": np.maximum(*ends)})
+    there = wanted.join(pairs.select("i", "j", found=True), on=["i", "j"], how="left")
+    return float(there.group_by("row").agg(pl.col("found").fill_null(False).mean())["found"].mean())  # type: ignore[arg-type]
+
+
 @app.command(hidden=True)
-def one(n: int, jobs: int) -> None:
+def one(n: int, jobs: int, probes: int, peer: Annotated[bool, typer.Argument()]) -> None:
     """Measure one join and print it as JSON."""
+    neighbours.PROBES = probes
     vectors, i, j = make_vectors(n)
+    asked = vectors.astype(np.float32) if peer else vectors
     neighbours.join_cosine(vectors[:2_000], jobs=jobs)  # load the compiled code
     before, start, cpu = peak(), time.perf_counter(), time.process_time()
-    joined = neighbours.join_cosine(vectors, threshold=0.4, jobs=jobs)
+    pairs = join_faiss(asked, jobs) if peer else neighbours.join_cosine(asked, threshold=THRESHOLD, jobs=jobs).pairs
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    found = pl.DataFrame({"i": i, "j": j}).join(joined.pairs, on=["i", "j"])
-    row = {"seconds": seconds, "cpu": cpu, "extra": peak() - before, "pairs": len(joined.pairs)}
-    print(json.dumps(row | {"recall": joined.recall, "planted": len(found) / len(i)}))
+    row = {"seconds": seconds, "cpu": cpu, "extra": peak() - before, "pairs": len(pairs)}
+    found = pl.DataFrame({"i": i, "j": j}).join(pairs, on=["i", "j"])
+    print(json.dumps(row | {"planted": len(found) / len(i), "recall": measure_recall(vectors, pairs)}))
 
 
 @app.command()
 def join(
-    sizes: Annotated[str, typer.Option(help="Numbers of rows.")] = "10000,30000,100000,1000000", jobs: Jobs = 1
+    sizes: Annotated[str, typer.Option(help="Numbers of rows.")] = "10000,30000,100000,1000000",
+    probes: Annotated[str, typer.Option(help="Cells that are looked into.")] = str(neighbours.PROBES),
+    peer: Annotated[bool, typer.Option("--peer", help="FAISS, too.")] = False,
+    jobs: Jobs = 1,
 ) -> None:
     """Time, memory and recall of the join; beyond neighbours.EXACT_UP_TO rows, in cells."""
-    print("| rows | seconds | CPU s | exponent | extra GB | pairs | recall | planted found |")
-    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
-    last: tuple[int, float] | None = None
-    for n in map(int, sizes.split(",")):
-        command = [sys.executable, __file__, "one", str(n), str(jobs)]
+    print("| rows | tool | cells looked into | seconds | CPU s | extra GB | pairs | recall | planted found |")
+    print("|---:|---|---:|---:|---:|---:|---:|---:|---:|")
+    for n, tool, looked in itertools.product(map(int, sizes.split(",")), (False, True)[: 1 + peer], probes.split(",")):
+        if n <= neighbours.EXACT_UP_TO and looked != probes.split(",")[0]:
+            continue
+        command = [sys.executable, __file__, "one", str(n), str(jobs), looked, str(tool)]
         row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        exponent = f"{math.log(row['cpu'] / last[1]) / math.log(n / last[0]):.2f}" if last else ""
-        last = n, row["cpu"]
+        cells = "all" if n <= neighbours.EXACT_UP_TO else f"{looked} of {n // neighbours.CELL_ROWS:,}"
         print(
-            f"| {n:,} | {row['seconds']:.1f} | {row['cpu']:.1f} | {exponent} | {row['extra']:.2f} | {row['pairs']:,} "
-            f"| {row['recall']:.4f} | {row['planted']:.4f} |",
+            f"| {n:,} | {'FAISS' if tool else 'ours'} | {cells} | {row['seconds']:.1f} | {row['cpu']:.1f} "
+            f"| {row['extra']:.2f} | {row['pairs']:,} | {row['recall']:.4f} | {row['planted']:.4f} |",
             flush=True,
         )
 

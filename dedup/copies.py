@@ -20,7 +20,6 @@ from dedup import (
     features,
     gaps,
     geometry,
-    look,
     manifest,
     overlay,
     twins,
@@ -103,7 +102,7 @@ class CopySearch:
             places = self._places(asked.select("a", "b").to_numpy().ravel())
             return [(*a, *b, hint) for a, b, hint in zip(places[::2], places[1::2], asked["mirrored"], strict=True)]
 
-        of_a, of_b = (self.rows["sha256"].gather(candidates[end]) for end in "ab")
+        of_a, of_b = (self.reader.locate(candidates[end])["sha256"] for end in "ab")
         keys = list(zip(of_a, of_b, candidates["mirrored"], strict=True))
         with engine.timed(self.seconds, "match"):
             found = self.reader.ask(evidence.match_pairs, keys, make_items)
@@ -111,7 +110,7 @@ class CopySearch:
 
     def confirm(self, pairs: pl.DataFrame) -> pl.DataFrame:
         """The pairs with what a look at their pictures says: class (null: nothing), score, overlap."""
-        a, b = (self.rows.select(look.LOCATION)[pairs[end]].rows() for end in "ab")
+        a, b = (self.reader.locate(pairs[end]).rows() for end in "ab")
         strict = (self.strict[pairs["a"].to_numpy()] | self.strict[pairs["b"].to_numpy()]).tolist()
         matches = pairs.select("orientation", "inliers", "transform").rows()
         items = [(x, y, *match, is_strict) for x, y, match, is_strict in zip(a, b, matches, strict, strict=True)]
@@ -136,7 +135,7 @@ class CopySearch:
         from dedup import candidates
 
         with engine.timed(self.seconds, "embed"):
-            meta, upright, mirrored = self._embed(chosen)
+            meta, upright, mirrored = self._embed(chosen["id"])
         jobs = self.reader.workers.jobs
         with engine.timed(self.seconds, "nearest"):
             views = candidates.see(upright, mirrored, jobs)
@@ -181,19 +180,22 @@ class CopySearch:
             "examples": candidates.choose_examples(near, random, pairs, floor),
         }
 
-    def _embed(self, chosen: pl.DataFrame) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
+    def _embed(self, ids: pl.Series) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
         """What tells these vectors from others, and float16 (n, d) twice: upright, and mirrored if that is known."""
         if self.encoder == "local":
-            return self._encode_locally(chosen)
+            return self._encode_locally(ids)
         if self.encoder == "external":
-            folder, keys = Path(self.weights[0] or ""), chosen["key"].to_list()
-            found = vectors.read_external(folder, keys)
+            found = vectors.read_external(Path(self.weights[0] or ""), self.reader.locate(ids)["key"].to_list())
             meta = {"encoder": "external", "weights_sha256": None, "preprocessing": None, "dimension": found.shape[1]}
             return meta, found, None
         meta = embedding.resolve(self.encoder, *self.weights).meta()
         vectors.check_same(self.out, meta)
         paths = self.reader.write_parts(
-            f"embeddings-{self.encoder}", chosen, embedding.embed_rows, self.encoder, *self.weights, gpu=True
+            f"embeddings-{self.encoder}",
+            self.reader.locate(ids),
+            embedding.embed_rows,
+            *(self.encoder, *self.weights),
+            gpu=True,
         )
         return meta, np.concatenate([np.load(path) for path in paths]), None
 
@@ -231,11 +233,11 @@ class CopySearch:
         self.counts |= {"chance_pairs": len(chosen), "chance": round(share, 4), "series": int(crowded.sum())}
         return crowded
 
-    def _encode_locally(self, chosen: pl.DataFrame) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    def _encode_locally(self, ids: pl.Series) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
         """Vectors of the pictures and of their mirror images, float16 (n, d) each."""
-        paths = self._extract(chosen)
-        step = -(-len(chosen) // vocabulary.SAMPLE)
-        sample = (evidence.open_features(paths[n // ROWS])[n % ROWS] for n in range(0, len(chosen), step))
+        paths = self._extract(ids)
+        step = -(-len(ids) // vocabulary.SAMPLE)
+        sample = (evidence.open_features(paths[n // ROWS])[n % ROWS] for n in range(0, len(ids), step))
         learned = vocabulary.learn([features.unpack(record) for record in sample])
         path = self.out / "embeddings" / "local" / "vocabulary.npz"
         digest = vocabulary.save(path, learned)
@@ -244,19 +246,18 @@ class CopySearch:
         meta = {"encoder": "local", "weights_sha256": digest, "preprocessing": vocabulary.DESCRIPTION}
         return meta | {"dimension": encoded.shape[2]}, encoded[0], encoded[1]
 
-    def _extract(self, chosen: pl.DataFrame, each: int = ROWS) -> list[Path]:
-        folder = f"features-{len(self.stores)}"
-        paths = self.reader.write_parts(folder, chosen, evidence.extract_features, each=each, known=self.known)
+    def _extract(self, ids: pl.Series, each: int = ROWS) -> list[Path]:
+        folder, located = f"features-{len(self.stores)}", self.reader.locate(ids)
+        paths = self.reader.write_parts(folder, located, evidence.extract_features, each=each, known=self.known)
         self.stores.append((paths, each))
-        ids = chosen["id"].to_numpy()
-        self.stored[ids, 0], self.stored[ids, 1] = len(self.stores), np.arange(len(ids))
+        self.stored[ids.to_numpy(), 0], self.stored[ids.to_numpy(), 1] = len(self.stores), np.arange(len(ids))
         return paths
 
     def _places(self, ids: np.ndarray) -> list[tuple[Path, int]]:
         """Where the features of these rows are: file, and number in it. Extracted now where they are not."""
         missing = np.unique(ids[self.stored[ids, 0] == 0])
         if len(missing):
-            self._extract(self.rows[missing.tolist()], ITEMS)  # so few that all workers should have some
+            self._extract(pl.Series(missing), ITEMS)  # so few that all workers should have some
         places = []
         for store, number in self.stored[ids].tolist():
             paths, each = self.stores[store - 1]

@@ -70,22 +70,22 @@ def size_pairs(rows: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
     ).filter(pl.col("ratio").is_between(MIN_RATIO, MAX_RATIO)).sort("area", "larger", "smaller")  # fmt: skip
 
 
-def effective_pixels(rows: pl.DataFrame, sized: pl.DataFrame, spectra: dict[str, np.ndarray]) -> pl.Series:
+def effective_pixels(rows: pl.DataFrame, sized: pl.DataFrame, spectra: dict[int, np.ndarray]) -> pl.Series:
     """Int64: width × height, or on a copy that holds no more than a smaller one, what that one holds.
 
-    sized: of `size_pairs`; spectra: by sha256. Smaller rows come first, so a chain of enlargements ends at its origin.
+    sized: of `size_pairs`; spectra: by picture. Smaller rows come first, so a chain of enlargements ends at its origin.
     """
-    area, sha256 = rows.select(_area())["area"].fill_null(0).alias("effective_pixels"), rows["sha256"]
+    area, picture = rows.select(_area())["area"].fill_null(0).alias("effective_pixels"), rows["picture"]
     ends = pl.concat([sized["larger"], sized["smaller"]])
-    digests = sha256.gather(ends).to_list()
-    held, lowered = dict(zip(digests, area.gather(ends), strict=True)), dict[str, int]()
-    for larger, smaller, ratio in zip(digests[: len(sized)], digests[len(sized) :], sized["ratio"], strict=True):
+    pictures = picture.gather(ends).to_list()
+    held, lowered = dict(zip(pictures, area.gather(ends), strict=True)), dict[int, int]()
+    for larger, smaller, ratio in zip(pictures[: len(sized)], pictures[len(sized) :], sized["ratio"], strict=True):
         if held[smaller] < held[larger] and not holds_more(spectra[larger], spectra[smaller], ratio):
             held[larger] = lowered[larger] = held[smaller]
     if not lowered:
         return area
-    less = pl.DataFrame({"sha256": list(lowered), "less": list(lowered.values())})
-    found = sha256.to_frame().join(less, on="sha256", how="left", maintain_order="left")
+    less = pl.DataFrame({"picture": list(lowered), "less": list(lowered.values())}).cast({"picture": picture.dtype})
+    found = picture.to_frame().join(less, on="picture", how="left", maintain_order="left")
     return pl.select(pl.min_horizontal(area, found["less"]).alias("effective_pixels")).to_series()
 
 

@@ -19,15 +19,14 @@ ASKED = 50_000  # pairs or pictures that are asked about at a time: what is know
 
 
 def accept_pairs(
-    rows: pl.DataFrame, candidates: pl.DataFrame, reader: Reader, signatures: Signatures, *, flat: bool
+    rows: pl.DataFrame, candidates: pl.DataFrame, reader: Reader, *, flat: bool
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Verify the candidates. Returns the rows with `pixel_digest` filled where it was needed, and the pairs table.
 
     flat: whether pictures without texture are compared by their pixels.
     """
     near = candidates.filter(pl.col("signal") != "bytes")
-    paired = rows.select("id", *look.LOCATION)[pl.concat([near["i"], near["j"]]).unique().sort()]
-    hashed = verify.verify_pairs(near, reader.thumbnails(paired))
+    hashed = verify.verify_pairs(near, reader.thumbnails(_list_distinct(near["i"], near["j"])))
     certain = {
         "class": pl.lit("copy"),
         "score": pl.lit(1.0),
@@ -36,9 +35,9 @@ def accept_pairs(
     }
     equal_bytes = candidates.filter(pl.col("signal") == "bytes").with_columns(**certain)
     identical = hashed.filter((pl.col("hamming") == 0) & (pl.col("residual") == 0) & (pl.col("orientation") == 0))
-    flat_rows = _flat_rows(rows, signatures) if flat else pl.Series([], dtype=pl.Int64)
-    wanted = pl.concat([identical["i"], identical["j"], flat_rows]).unique().sort()
-    digests = _ask(look.digest_pixels, rows.select(look.LOCATION)[wanted], reader)
+    flat_rows = _flat_rows(rows, reader.signatures) if flat else pl.Series([], dtype=pl.Int64)
+    wanted = _list_distinct(identical["i"], identical["j"], flat_rows)
+    digests = _ask(look.digest_pixels, wanted, reader)
     digest = pl.DataFrame({"id": wanted, "pixel_digest": pl.Series(digests, dtype=pl.String)})
     of_pixels = rows.select("id").join(digest, on="id", how="left", maintain_order="left")["pixel_digest"]
     rows = rows.with_columns(of_pixels)
@@ -52,6 +51,10 @@ def accept_pairs(
         ["i", "j"], keep="first", maintain_order=True
     )
     return rows, _by_id(pairs)
+
+
+def _list_distinct(*ids: pl.Series) -> pl.Series:
+    return pl.concat(ids).unique().sort()
 
 
 def _flat_rows(rows: pl.DataFrame, signatures: Signatures) -> pl.Series:
@@ -112,7 +115,7 @@ def settle(
     pairs, open_marks = marks.overrule(pairs, told, rows), True
     held, rank = detail.effective_pixels(rows, detail.size_pairs(rows, pairs.clear()), {}), rows["rank"]
     confirmed = np.zeros(len(pairs), bool)
-    spectra: dict[str, np.ndarray] = {}
+    spectra: dict[int, np.ndarray] = {}
     while True:
         among = {name: rows[name] for name in ("published", "scope", "guarded")}
         decisions = clustering.decide(pairs, rank, flips=flips, rotations=rotations, **among)
@@ -120,7 +123,7 @@ def settle(
         doubted = deciding[~confirmed[deciding] & (pairs["signal"].gather(deciding) == "pdq").to_numpy()]
         if len(doubted):
             confirmed[doubted] = True
-            refuted = doubted[~np.array(_confirm(pairs[doubted], rows, reader))]
+            refuted = doubted[~np.array(_confirm(pairs[doubted], reader))]
             wrong = pl.int_range(pl.len()).is_in(refuted)
             pairs = pairs.with_columns(pl.when(wrong).then(pl.lit("look-alike")).otherwise("class").alias("class"))
             if len(refuted):
@@ -133,10 +136,9 @@ def settle(
         whole = pairs["hamming"].is_not_null() | (pairs["signal"] == "bytes")  # a part of a picture holds less
         whole &= pl.Series(confirmed)
         sized = detail.size_pairs(rows, pairs.filter(whole))
-        wanted = rows.select(look.LOCATION)[pl.concat([sized["larger"], sized["smaller"]]).unique()]
-        spectra |= _measure(
-            wanted.filter(~pl.col("sha256").is_in(pl.Series(list(spectra), dtype=pl.String).implode())), reader
-        )
+        wanted = rows.select("id", "picture")[_list_distinct(sized["larger"], sized["smaller"])]
+        known = pl.Series(list(spectra), dtype=wanted["picture"].dtype)
+        spectra |= _measure(wanted.filter(~pl.col("picture").is_in(known.implode())), reader)
         held = detail.effective_pixels(rows, sized, spectra)
         before, rank = rank, policy.keeper_rank(rows, held, policy.count_partners(pairs, len(rows), prefer), prefer)
         if not rank.equals(before):
@@ -159,28 +161,30 @@ def settle(
         return pairs, decisions, held, rank
 
 
-def _confirm(pairs: pl.DataFrame, rows: pl.DataFrame, reader: Reader) -> list[bool]:
+def _confirm(pairs: pl.DataFrame, reader: Reader) -> list[bool]:
     """Whether these pairs hold up close."""
     holds: list[bool] = []
+    ids = _list_distinct(pairs["a"], pairs["b"])
+    located = reader.locate(ids)  # once, because any of them may be in any file
     for part in pairs.select("a", "b", "orientation").iter_slices(ASKED):
-        a, b = (rows.select(look.LOCATION)[part[end]].rows() for end in "ab")
+        a, b = (located[ids.search_sorted(part[end])].rows() for end in "ab")
         closely = list(zip(a, b, map(ORIENTATIONS.index, part["orientation"]), strict=True))
         keys = [(a[-1], b[-1], orientation) for a, b, orientation in closely]
         holds += reader.ask(look.confirm_pairs, keys, partial(_pick, closely))
     return holds
 
 
-def _measure(pictures: pl.DataFrame, reader: Reader) -> dict[str, np.ndarray]:
-    """Power spectra of pictures, look.LOCATION, by the digest of their bytes."""
-    pictures = pictures.unique("sha256", keep="last", maintain_order=True).sort("sha256")
-    spectra = map(look.read_spectrum, _ask(look.measure_detail, pictures, reader))
-    return dict(zip(pictures["sha256"], spectra, strict=True))
+def _measure(rows: pl.DataFrame, reader: Reader) -> dict[int, np.ndarray]:
+    """Power spectra of rows, id and picture, by picture."""
+    rows = rows.unique("picture", keep="first", maintain_order=True)
+    spectra = map(look.read_spectrum, _ask(look.measure_detail, rows["id"], reader))
+    return dict(zip(rows["picture"], spectra, strict=True))
 
 
-def _ask(function: Callable[..., list], pictures: pl.DataFrame, reader: Reader) -> list:
-    """What the function says of each picture, look.LOCATION, by the digest of its bytes."""
+def _ask(function: Callable[..., list], ids: pl.Series, reader: Reader) -> list:
+    """What the function says of each of these rows, by the digest of its bytes."""
     told: list = []
-    for part in pictures.iter_slices(ASKED):
+    for part in reader.locate(ids).iter_slices(ASKED):
         told += reader.ask(function, part["sha256"].to_list(), partial(_pick, part.rows()))
     return told
 

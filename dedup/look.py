@@ -5,6 +5,7 @@ longer the one that was hashed is an error.
 """
 
 import base64
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -63,8 +64,10 @@ class Thumbnails:
         size = taken[:1].nbytes
         part, place = np.divmod(np.searchsorted(self.ids, rows), self.rows_per_file)
         for number, path in enumerate(map(self.paths.__getitem__, part)):
-            header = path.stat().st_size % size  # np.load takes eight times as long for one thumbnail
-            taken[number].flat = np.fromfile(path, np.uint8, size, offset=header + size * int(place[number]))
+            with path.open("rb", buffering=0) as file:  # np.load takes twenty times as long for one thumbnail
+                header = os.fstat(file.fileno()).st_size % size
+                file.seek(header + size * int(place[number]))
+                file.readinto(taken[number])
         return taken
 
 

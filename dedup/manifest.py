@@ -67,7 +67,7 @@ SCHEMA: Schema = {
 }
 
 # Columns of few distinct values: in memory 4 bytes a row as categories, and 16 or more as text.
-FEW = ("source", "shard", "format", "status", "reason", "class", "signal", "orientation")
+FEW = ("source", "shard", "subject", "format", "status", "reason", "class", "signal", "orientation")
 
 PAIRS_SCHEMA: Schema = {
     "a": pl.Int64,  # a < b

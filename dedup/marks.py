@@ -22,7 +22,7 @@ VERSION = 1
 VERDICTS = ("copy", "not-a-copy", "undecided")  # the last takes an earlier mark back
 MAX_BYTES, MAX_TEXT = 100_000_000, 10_000  # of a file, and of a key or a note in it
 SIGNAL = "decision"
-FIRST = pl.col("id").min().over("sha256")  # names all rows with equal bytes
+FIRST = pl.col("id").min().over("picture")  # names all rows with equal bytes
 
 type Mark = dict[str, Any]  # a, b: {sha256, shard, key}; verdict, note
 
@@ -123,9 +123,9 @@ def remember(out: Path, marks: list[Mark], base: Path | None = None) -> list[Mar
 def resolve(marks: list[Mark], rows: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, Any]]:
     """Merged marks → the table told (ids a < b, verdict), and for run.json how many there are.
 
-    rows: id, sha256, shard, key of all rows. a and b are the first rows in input order with the bytes that are spoken
-    of, or, where these are equal, the rows themselves. Marks of pictures that are not there are counted as `absent`.
-    Equal bytes are a copy without any mark.
+    rows: id, picture, sha256, shard, key of all rows. a and b are the first rows in input order with the bytes that are
+    spoken of, or, where these are equal, the rows themselves. Marks of pictures that are not there are counted as
+    `absent`. Equal bytes are a copy without any mark.
     """
     if not marks:
         nobody = {name.replace("-", "_"): 0 for name in VERDICTS[:2]} | {"absent": 0, "digest": digest(marks)}

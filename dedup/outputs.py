@@ -22,14 +22,15 @@ DECIDED: manifest.Schema = {
     name: pl.Categorical() if name in manifest.FEW else kind
     for name, kind in manifest.SCHEMA.items()
     if name not in LATER
-}
+} | {"caption_hash": pl.UInt64}
+PLACE = pl.when(pl.col("shard").is_null()).then("key").otherwise(pl.concat_str("shard", pl.lit(":"), "key"))
 
 
 def is_medical(rows: pl.DataFrame) -> bool:
     return bool((rows["format"] == images.DICOM).any())
 
 
-def decide(rows: pl.DataFrame, pairs: pl.DataFrame, decisions: pl.DataFrame) -> pl.DataFrame:
+def decide(rows: pl.DataFrame, pairs: pl.DataFrame, decisions: pl.DataFrame, signatures: Signatures) -> pl.DataFrame:
     """Rows, pairs and decisions → the finished manifest, columns DECIDED; `captions` as by `policy.merge_captions`."""
     evidence = _evidence(pairs, decisions)
     joined = pl.concat([pairs.select("a", "b"), subjects.link_rows(rows["subject"])])
@@ -50,7 +51,7 @@ def decide(rows: pl.DataFrame, pairs: pl.DataFrame, decisions: pl.DataFrame) -> 
         weight=pl.col("keep").cast(pl.Float64),
     )
     own = table.with_columns(kept_id=pl.when(~outside).then("kept_id"))
-    return manifest.conform(table.with_columns(captions=policy.merge_captions(own)), DECIDED)
+    return manifest.conform(table.with_columns(captions=policy.merge_captions(own, signatures.read_captions)), DECIDED)
 
 
 def _evidence(pairs: pl.DataFrame, decisions: pl.DataFrame) -> pl.DataFrame:
@@ -86,23 +87,22 @@ def write(
     """
     manifest.write(out, table, partial(_complete, signatures))
     manifest.write_parquet(out / "pairs.parquet", pairs)
-    manifest.write_parquet(out / "deduplicated.parquet", _list_ready(table))
-    manifest.write_atomic(out / "deduplicated.jsonl", lambda path: _write_lines(path, _list_ready(table)))
-    place = pl.when(pl.col("shard").is_null()).then("key").otherwise(pl.concat_str("shard", pl.lit(":"), "key"))
-    evidence = table[leaks["id"]].select("signal", "score", "orientation", row=place)
+    manifest.write_parquet(out / "deduplicated.parquet", _list_ready(table, signatures))
+    manifest.write_atomic(out / "deduplicated.jsonl", lambda path: _write_lines(path, _list_ready(table, signatures)))
+    evidence = table[leaks["id"]].select("signal", "score", "orientation", row=_name(signatures, leaks["id"]))
     leaking = leaks.rename({"cluster_id": "picture"}).drop("id").hstack(evidence)
     if leaking.is_empty():
         (out / "leakage.csv").unlink(missing_ok=True)
     else:
         manifest.write_atomic(out / "leakage.csv", leaking.write_csv)
-    lines = table.lazy().filter("keep").select(place)
-    manifest.write_atomic(
-        out / "kept.txt", lambda path: lines.sink_csv(path, include_header=False, quote_style="never")
-    )
-    told = table.select("shard", "key", "status", "keep", "kept_id", "reason", "signal", "score", "orientation")
+    manifest.write_atomic(out / "kept.txt", lambda path: _write_kept(path, table, signatures))
+    told = table.select("id", "status", "keep", "kept_id", "reason", "signal", "score", "orientation")
     gone = told.filter((pl.col("status") == "ok") & ~pl.col("keep"))
-    kept = pl.DataFrame([table[name].gather(gone["kept_id"]) for name in ("shard", "key")]).select(kept=place)
-    listing = gone.select(place.alias("dropped"), kept["kept"], "reason", "signal", "score", "orientation")
+    kept = gone.select(pl.col("kept_id").drop_nulls().unique())
+    kept = kept.with_columns(kept=_name(signatures, kept["kept_id"]))
+    named = gone.with_columns(dropped=_name(signatures, gone["id"]))
+    named = named.join(kept, on="kept_id", how="left", maintain_order="left")
+    listing = named.select("dropped", "kept", "reason", "signal", "score", "orientation")
     manifest.write_atomic(out / "dropped.csv", listing.write_csv)
     if (src / "plant.parquet").exists():
         shutil.copyfile(src / "plant.parquet", out / "plant.parquet")
@@ -118,15 +118,23 @@ def write(
 
 def _complete(signatures: Signatures, rows: pl.DataFrame) -> pl.DataFrame:
     """Rows of `decide` → the same as the manifest has them."""
-    return manifest.conform(rows.with_columns(policy.tell_captions()).hstack(signatures.take(rows["id"])))
+    return manifest.conform(rows.hstack(signatures.take(rows["id"])).with_columns(policy.tell_captions()))
 
 
-def _list_ready(table: pl.DataFrame) -> Iterator[pl.DataFrame]:
+def _name(signatures: Signatures, ids: pl.Series) -> pl.Series:
+    """PLACE of these rows."""
+    return signatures.take(ids, ("shard", "key")).select(PLACE).to_series()
+
+
+def _list_ready(table: pl.DataFrame, signatures: Signatures) -> Iterator[pl.DataFrame]:
     """Of the rows of `decide` those that are kept, with what a training needs; part by part, for their text."""
     columns = ["id", "source", "shard", "offset", "size", "key", "caption", "captions", "represents", "weight"]
     schema = {name: manifest.SCHEMA[name] for name in columns}
-    for part in table.select(*columns, "keep").iter_slices(manifest.ROWS_PER_FILE):
-        yield manifest.conform(part.filter("keep").with_columns(policy.tell_captions()), schema)
+    numbers = table.select("keep", *(name for name in columns if name not in LATER))
+    for part in numbers.iter_slices(manifest.ROWS_PER_FILE):
+        kept = part.filter("keep")
+        text = signatures.take(kept["id"], ("offset", "key", "caption"))
+        yield manifest.conform(kept.hstack(text).with_columns(policy.tell_captions()), schema)
 
 
 def _write_lines(path: Path, parts: Iterator[pl.DataFrame]) -> None:
@@ -136,7 +144,15 @@ def _write_lines(path: Path, parts: Iterator[pl.DataFrame]) -> None:
             part.write_ndjson(file)
 
 
-def count(table: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, Any]:
+def _write_kept(path: Path, table: pl.DataFrame, signatures: Signatures) -> None:
+    """PLACE of each row that is kept, a line each."""
+    with path.open("wb") as file:
+        for part in table.select("id", "keep").iter_slices(manifest.ROWS_PER_FILE):
+            names = _name(signatures, part.filter("keep")["id"])
+            names.to_frame().write_csv(file, include_header=False, quote_style="never")
+
+
+def count(table: pl.DataFrame, pairs: pl.DataFrame, signatures: Signatures) -> dict[str, Any]:
     """What happened to the rows, in numbers."""
     narrow = table.select("status", "keep", "reason", "size")
     dropped = narrow.filter((pl.col("status") == "ok") & ~pl.col("keep"))
@@ -151,6 +167,6 @@ def count(table: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, Any]:
         "pairs": dict(sorted(pairs["class"].value_counts().iter_rows())),
         "bytes": int(table["size"].sum()),
         "bytes_dropped": int(dropped["size"].sum()),
-        "without_caption": int(table.select((~policy.has_caption()).sum()).item()),
-        "captions": policy.count_captions(table),
+        "without_caption": table["caption_hash"].null_count(),
+        "captions": policy.count_captions(table, signatures.read_captions),
     }

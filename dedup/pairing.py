@@ -38,10 +38,12 @@ def find_candidates(rows: pl.DataFrame, level: str, near: Near) -> pl.DataFrame:
 
     Only the first of the rows with equal bytes is searched for; the others pair with it and share its fate.
     """
-    ordered = rows.select("id", "sha256", "status", "pdq_quality", "rank").filter(pl.col("status") == "ok").sort("rank")
-    is_first = ordered["sha256"].is_first_distinct()
+    ordered = (
+        rows.select("id", "picture", "status", "pdq_quality", "rank").filter(pl.col("status") == "ok").sort("rank")
+    )
+    is_first = ordered["picture"].is_first_distinct()
     first, others = ordered.filter(is_first), ordered.filter(~is_first)
-    equal = others.join(first.select("sha256", i="id"), on="sha256").select("i", j="id")
+    equal = others.join(first.select("picture", i="id"), on="picture").select("i", j="id")
     upright = {"orientation": pl.lit(0, pl.Int32), "hamming": pl.lit(None, pl.Int32)}
     equal_bytes = equal.with_columns(**upright, signal=pl.lit("bytes"))
     if level == "exact":
@@ -60,9 +62,9 @@ def find_in_crowds(rows: pl.DataFrame, candidates: pl.DataFrame, search_near: Ne
     joined = pl.Series(clustering.components(near.select(a="i", b="j"), len(rows)))
     crowds = joined.gather(_list_at_limit(candidates)).unique()
     ids = pl.concat([near["i"], near["j"]]).unique().sort()
-    crowd = rows.select("id", "sha256")[ids.filter(joined.gather(ids).is_in(crowds.implode()))]
-    stands = rows.filter(pl.col("status") == "ok").group_by("sha256", "scope").agg(pl.col("rank").min())
-    stands = crowd.join(stands, on="sha256").sort("rank")
+    crowd = rows.select("id", "picture")[ids.filter(joined.gather(ids).is_in(crowds.implode()))]
+    stands = rows.filter(pl.col("status") == "ok").group_by("picture", "scope").agg(pl.col("rank").min())
+    stands = crowd.join(stands, on="picture").sort("rank")
     whole = stands.unique("id", keep="first", maintain_order=True)
     groups = [whole, *(part for _, part in stands.group_by("scope", maintain_order=True))] if len(crowd) else []
     found = pl.concat([near.clear(), *(search_near.find(part["id"]) for part in groups)])

@@ -94,21 +94,29 @@ def deduplicate(
             rows = signatures.read()
         if rows.is_empty():
             raise sources.SourceError(f"{src}: its shards hold no samples")
-        rows = rows.with_columns(published=pl.lit(False) if base is None else bases.find_published(base, rows))
+        about: dict[str, Any] = {}
+        rows = rows.with_columns(published=pl.lit(False))
+        if base is not None:
+            named = rows.hstack(signatures.take(rows["id"], ("key", "sha256")))
+            rows = rows.with_columns(bases.find_published(base, named))
+            about["base"] = bases.describe(base, named.with_columns(rows["published"]))
+            del named
         # what is searched does not depend on policies, so that others cost little
-        rows = rows.with_columns(rank=policy.keeper_rank(rows), scope=pl.lit(""), guarded=pl.lit(False))
+        alone = {"scope": pl.lit("", pl.Categorical), "guarded": pl.lit(False)}
+        rows = rows.with_columns(rank=policy.keeper_rank(rows), **alone)
         chosen = apply_policies(rows, prefer, options)
         is_usual = not prefer and chosen.equals(rows)
         remembered = marks.remember(out, given, None if base is None else base.out)
-        said, of_marks = marks.resolve(remembered, rows)
+        named = rows.hstack(signatures.take(rows["id"], ("key", "sha256"))) if remembered else rows
+        said, of_marks = marks.resolve(remembered, named)
         with engine.timed(seconds, "search"):
             search = pairing.Near(signatures, workers, memory_budget or memory.default_budget())
             candidates = pairing.find_candidates(rows, options.level, search)
             more = [] if is_usual else [pairing.find_in_crowds(chosen, candidates, search)]
-        reader = Reader(src, work, decode, workers, Verdicts(work / "verdicts", bases.list_verdicts(base)))
+        reader = Reader(src, work, decode, workers, Verdicts(work / "verdicts", bases.list_verdicts(base)), signatures)
         with engine.timed(seconds, "verify"):
             near = pl.concat([candidates, *more])
-            rows, pairs = judge.accept_pairs(rows, near, reader, signatures, flat=options.level != "exact")
+            rows, pairs = judge.accept_pairs(rows, near, reader, flat=options.level != "exact")
         chosen = rows.with_columns(chosen.select("rank", "scope", "guarded"))
         weights = options.weights, options.weights_sha256
         search_copies = copies.CopySearch(chosen, reader, out, options.encoder, weights, options.max_false_pairs)
@@ -128,7 +136,7 @@ def deduplicate(
             )
             pairs, decided = judge.share_fate(chosen, pairs, decided, rank)
             decided = clustering.keep_more(decided, rank, options.max_copies, chosen["guarded"])
-            table = outputs.decide(chosen.with_columns(effective_pixels=held), pairs, decided)
+            table = outputs.decide(chosen.with_columns(effective_pixels=held), pairs, decided, signatures)
             # a look-alike of the hash level may be a copy to the copy level, turned or cropped: that one counts
             pairs = pairs.sort("a", "b", pl.col("class") != "copy", maintain_order=True).unique(
                 ["a", "b"], keep="first", maintain_order=True
@@ -142,7 +150,7 @@ def deduplicate(
                 found, told = against.find(others, rows_in)
                 table = against.drop(table, found, search_copies.stars)
         with engine.timed(seconds, "write"):
-            counts = outputs.count(table, pairs) | {"rows_at_limit": pairing.count_at_limit(candidates)}
+            counts = outputs.count(table, pairs, signatures) | {"rows_at_limit": pairing.count_at_limit(candidates)}
             parts = chosen["scope"] if options.per != "none" else table["source"]
             leaks = scopes.list_leaks(table, chosen["scope"])
             counts["losses"] = scopes.list_losses(table, parts, options.max_loss)
@@ -151,7 +159,6 @@ def deduplicate(
                 counts["decisions"] = of_marks
             if copy_search is not None:
                 counts["copy_search"] = copy_search.describe(pairs)
-            about: dict[str, Any] = {} if base is None else {"base": bases.describe(base, rows)}
             if others:
                 about["against"] = [other.describe() for other in others]
                 counts |= {"against": told, "external": against.count_dropped(table, found, rows["published"])}

@@ -8,7 +8,7 @@ that was not enlarged; then more bytes, then one that has a caption, then by con
 it, then by key. Criteria that somebody prefers (`parse_preferences`) come before the usual ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
 import numpy as np
@@ -77,8 +77,8 @@ def keeper_rank(
     lossy), then more bytes a pixel. What was lossy once and saved in a better format since is not seen.
     """
     if partners is not None:  # equal files stay together
-        most = rows.select("sha256", most=partners).filter(pl.col("most") > 0).group_by("sha256").max()
-        found = rows.select("sha256").join(most, on="sha256", how="left", maintain_order="left")
+        most = rows.select("picture", most=partners).filter(pl.col("most") > 0).group_by("picture").max()
+        found = rows.select("picture").join(most, on="picture", how="left", maintain_order="left")
         partners = found["most"].fill_null(0).alias("partners")
     area = (pl.col("width").cast(pl.Int64) * pl.col("height").cast(pl.Int64)).fill_null(0)
     size = pl.col("size").fill_null(0)
@@ -88,15 +88,14 @@ def keeper_rank(
         "resolution": [-(area if effective_pixels is None else pl.lit(effective_pixels)), area],
         "quality": [pl.col("format").is_in(sorted(verify.LOSSY)), -(size / pl.max_horizontal(area, 1))],
         "bytes": [-size],
-        "caption": [~has_caption()],
+        "caption": [pl.col("caption_hash").is_null()],
         "first": [pl.col("row")],
     }
     for name in prefer:
         kind, _, value = name.partition(":")
         if kind in NAMED:
             keys[name] = [(scopes.SPLIT if kind == "split" else pl.col("source")).ne_missing(value)]
-    # an earlier rank was settled by these very columns, and takes a tenth of the memory in a sort
-    ties = ["rank"] if "rank" in rows.columns else [pl.col("sha256").fill_null(""), "link", "key", "row"]
+    ties = ["rank"] if "rank" in rows.columns else ["picture", "link", "name", "row"]  # nulls come first
     order = (
         rows.with_row_index("row")
         .select(
@@ -130,16 +129,24 @@ def has_caption() -> pl.Expr:
     return pl.col("caption").fill_null("").str.strip_chars() != ""
 
 
-def merge_captions(rows: pl.DataFrame) -> pl.Series:
+def hash_caption() -> pl.Expr:
+    """UInt64 of `caption`, null where there is none: as good as the text to tell which may be equal."""
+    return pl.when(has_caption()).then(pl.col("caption").str.strip_chars().hash()).alias("caption_hash")
+
+
+def merge_captions(rows: pl.DataFrame, read: Callable[[pl.Series], pl.Series]) -> pl.Series:
     """Distinct captions of all rows that a kept row stands for, its own first, then in input order.
 
-    rows: id, caption, keep, kept_id, in input order. Null on a row that stands for no other: see `tell_captions`.
+    rows: id, keep, kept_id, in input order; read: ids → captions. Null on a row that stands for no other: see
+    `tell_captions`.
     """
     owner = pl.when("keep").then("id").otherwise("kept_id")
-    told = rows.select("id", "keep", owner=owner, caption=pl.when(has_caption()).then("caption"))
+    told = rows.select("id", "keep", owner=owner)
     several = told.drop_nulls("owner").filter(scopes.stands_again("owner"))
     lists = (
-        several.sort("owner", ~pl.col("keep"), "id")
+        several.with_columns(caption=read(several["id"]))
+        .with_columns(pl.when(has_caption()).then("caption"))
+        .sort("owner", ~pl.col("keep"), "id")
         .group_by("owner", maintain_order=True)
         .agg(captions=pl.col("caption").drop_nulls().unique(maintain_order=True))
     )
@@ -152,17 +159,17 @@ def tell_captions() -> pl.Expr:
     return pl.coalesce("captions", pl.when("keep").then(own)).alias("captions")
 
 
-def repeated_captions(rows: pl.DataFrame) -> dict[str, pl.DataFrame]:
+def repeated_captions(rows: pl.DataFrame, read: Callable[[pl.Series], pl.Series]) -> dict[str, pl.DataFrame]:
     """How pictures and captions repeat: tables with `caption` and `count` ≥ 2, one row a case, most frequent first.
 
-    rows: cluster_id, caption, status. A picture is a group of copies; a missing caption repeats nothing.
+    rows: id, cluster_id, status, caption_hash; read: ids → captions. A picture is a group of copies; a missing caption
+    repeats nothing.
     """
-    text = pl.col("caption").str.strip_chars()
-    said = rows.select("cluster_id", "status", "caption").filter((pl.col("status") == "ok") & has_caption())
-    # what stands once in either column repeats nothing; numbers tell that in a fraction of the memory
-    numbers = said.select("cluster_id", caption=text.hash())
-    again = numbers.select(scopes.stands_again("cluster_id") | scopes.stands_again("caption")).to_series()
-    said = said.filter(again).select("cluster_id", caption=text)
+    said = rows.select("id", "cluster_id", "status", "caption_hash").filter(pl.col("status") == "ok")
+    said = said.drop_nulls("caption_hash")
+    # what stands once in either column repeats nothing
+    said = said.filter(scopes.stands_again("cluster_id") | scopes.stands_again("caption_hash"))
+    said = said.select("cluster_id", caption=read(said["id"]).str.strip_chars())
     count = pl.len().cast(pl.Int64).alias("count")
     both = said.group_by("cluster_id", "caption").agg(count)
     usual = pl.col("caption").sort_by(-pl.col("count"), "caption").first()
@@ -177,7 +184,7 @@ def repeated_captions(rows: pl.DataFrame) -> dict[str, pl.DataFrame]:
     }
 
 
-def count_captions(rows: pl.DataFrame) -> dict[str, dict[str, int]]:
+def count_captions(rows: pl.DataFrame, read: Callable[[pl.Series], pl.Series]) -> dict[str, dict[str, int]]:
     """`repeated_captions` in numbers: cases, and the sum of their counts."""
-    tables = repeated_captions(rows)
+    tables = repeated_captions(rows, read)
     return {name: {"cases": len(table), "total": int(table["count"].sum())} for name, table in tables.items()}

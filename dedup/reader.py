@@ -16,6 +16,7 @@ import polars as pl
 
 from dedup import detail, dicom, engine, features, frames, geometry, hashing, images, look, overlay, verify
 from dedup.fingerprint import DecodeOptions
+from dedup.signatures import Signatures
 from dedup.verdicts import Verdicts
 
 ROWS = 64  # of a file of thumbnails
@@ -33,6 +34,11 @@ class Reader:
     decode: DecodeOptions
     workers: engine.Workers
     verdicts: Verdicts
+    signatures: Signatures
+
+    def locate(self, ids: pl.Series) -> pl.DataFrame:
+        """look.LOCATION of these rows, in the order of the ids."""
+        return self.signatures.take(ids, tuple(look.LOCATION))
 
     def ask(self, function: Callable[..., list], keys: list, make_items: Callable[[list[int]], list]) -> list:
         """Results of `function(src, part, options)` over parts of the items, remembered by their keys.
@@ -66,9 +72,10 @@ class Reader:
         if names:
             self.verdicts.add(names, verdicts)
 
-    def thumbnails(self, rows: pl.DataFrame) -> look.Thumbnails:
-        """Of the given rows."""
-        return look.Thumbnails(rows["id"].to_numpy(), self.write_parts("thumbnails", rows, look.make_thumbnails), ROWS)
+    def thumbnails(self, ids: pl.Series) -> look.Thumbnails:
+        """Of these rows, ascending."""
+        paths = self.write_parts("thumbnails", self.locate(ids), look.make_thumbnails)
+        return look.Thumbnails(ids.to_numpy(), paths, ROWS)
 
     def write_parts(
         self,

@@ -164,7 +164,9 @@ def _describe_captions(rows: pl.DataFrame) -> dict[str, dict[str, Any]]:
     """How pictures and captions repeat, each with its most frequent cases."""
     return {
         name: {"cases": len(table), "total": int(table["count"].sum()), "top": table.head(CAPTIONS).to_dicts()}
-        for name, table in policy.repeated_captions(rows).items()
+        for name, table in policy.repeated_captions(
+            rows.with_columns(policy.hash_caption()), rows["caption"].gather
+        ).items()
     }
 
 

@@ -32,21 +32,22 @@ NAMES = {"shard": pl.String, "source": pl.String}
 
 
 def name_scopes(rows: pl.DataFrame, per: str, against_split: str | None = None) -> pl.DataFrame:
-    """Columns `scope` (String: rows of different scopes do not delete each other) and `guarded` (Boolean) of all rows.
+    """Columns `scope` (rows of different scopes do not delete each other) and `guarded` (Boolean) of all rows.
 
     Guarded are the rows of the split that others must not match: they stay whatever they match, and delete in all
     scopes.
     """
     scope = {"none": pl.lit(""), "source": pl.col("source"), "split": SPLIT}[per]
     guarded = pl.lit(False) if against_split is None else SPLIT.eq_missing(against_split)
-    return rows.select(scope=pl.when(guarded).then(SPLIT).otherwise(scope), guarded=guarded)
+    scope = pl.when(guarded).then(SPLIT).otherwise(scope.cast(pl.String))
+    return rows.select(scope=scope.cast(pl.Categorical), guarded=guarded)
 
 
 def list_losses(rows: pl.DataFrame, scope: pl.Series, max_loss: float) -> list[dict[str, object]]:
     """Scopes that lose more than a share of their rows, those that lose most of all first: scope, rows, kept."""
     counted = (
         rows.select("keep", scope=scope).group_by("scope").agg(rows=pl.len().cast(pl.Int64), kept=pl.col("keep").sum())
-    )
+    ).with_columns(pl.col("scope").cast(pl.String))
     lost = 1 - pl.col("kept") / pl.col("rows")
     return counted.filter(lost > max_loss).sort(-lost, "scope").to_dicts()
 
@@ -54,7 +55,7 @@ def list_losses(rows: pl.DataFrame, scope: pl.Series, max_loss: float) -> list[d
 def list_leaks(rows: pl.DataFrame, scope: pl.Series) -> pl.DataFrame:
     """Kept rows of pictures that are kept in several scopes: id, cluster_id, scope, by picture."""
     kept = rows.select("id", "cluster_id", "keep", scope=scope).filter("keep").drop("keep")
-    kept = kept.filter(stands_again("cluster_id"))
+    kept = kept.filter(stands_again("cluster_id")).with_columns(pl.col("scope").cast(pl.String))
     return kept.filter(pl.col("scope").n_unique().over("cluster_id") > 1).sort("cluster_id", "id")
 
 

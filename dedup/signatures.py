@@ -1,6 +1,8 @@
 """The signature files of a run as one table: what decides is in memory, the rest is read when it is asked for.
 
-In: the files that `fingerprint` wrote, one a shard. Out: rows by their id, the number of the row in input order.
+In: the files that `fingerprint` wrote, one a shard. Out: rows by their id, the number of the row in input order. No
+text is in memory: decisions only ask which digests, names and captions are equal, and in what order they are, and
+numbers tell that.
 """
 
 from collections.abc import Iterator
@@ -10,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from dedup import manifest
+from dedup import manifest, policy, scopes
 
-LATER = ("error", "phash", "dhash", "pdq", "pdq_d4")  # two thirds of the bytes of a row; no decision reads them
+# Nine tenths of the bytes of a row; no decision reads them.
+LATER = ("offset", "key", "caption", "error", "sha256", "phash", "dhash", "pdq", "pdq_d4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +26,25 @@ class Signatures:
     sizes: list[int]
 
     def read(self) -> pl.DataFrame:
-        """All rows with their `id`, without the columns LATER, and `manifest.compact`."""
+        """All rows with their `id`, `manifest.compact`, and numbers for the columns LATER.
+
+        picture: UInt32, equal for equal bytes, in the order of their digests; null for what could not be read. name:
+        UInt32, the order of the keys among rows of one picture, and among those without. caption_hash: UInt64, null
+        for a row without caption.
+        """
         # One by one: of many at once polars takes a thread for each, and warns of a deadlock beyond 512.
-        numbers = range(len(self.sizes))
-        files = [manifest.compact(pl.scan_parquet(self._path(number)).drop(LATER).collect()) for number in numbers]
+        files, digests, digest = [], [], pl.col("sha256").str.decode("hex")
+        for number in range(len(self.sizes)):
+            file = pl.scan_parquet(self._path(number)).with_columns(policy.hash_caption(), digest=digest)
+            files.append(manifest.compact(file.drop(LATER).collect()))
+            digests.append(files[-1].drop_in_place("digest"))
+        picture = pl.concat(digests).rank("dense").alias("picture")
+        del digests
         rows = pl.concat(files, how="diagonal").with_row_index("id")
-        rows = rows.with_columns(pl.col("id").cast(pl.Int64))
+        rows = rows.with_columns(pl.col("id").cast(pl.Int64), picture)
+        again = rows.select(pl.col("picture").is_null() | scopes.stands_again("picture")).to_series().arg_true()
+        order = self.take(again, ("key",))["key"].rank("dense")
+        rows = rows.with_columns(name=pl.repeat(0, len(rows), dtype=pl.UInt32, eager=True).scatter(again, order))
         for name in rows.columns:  # one by one, so that no more than one of them is there twice
             rows = rows.with_columns(rows[name].rechunk())
         return rows
@@ -39,6 +55,10 @@ class Signatures:
         order = np.argsort(np.concatenate([np.zeros(0, np.int64), *(place for place, _ in parts)]))
         schema = {name: kind for name, kind in pl.read_parquet_schema(self._path(0)).items() if name in columns}
         return pl.concat([pl.DataFrame(schema=schema), *(part for _, part in parts)])[order].select(columns)
+
+    def read_captions(self, ids: pl.Series) -> pl.Series:
+        """Of these rows, in the order of the ids."""
+        return self.take(ids, ("caption",))["caption"]
 
     def read_codes(self, ids: pl.Series) -> np.ndarray:
         """uint8 (n, 8, 32) of these rows."""

@@ -25,37 +25,35 @@ def stand_in(pairs: pl.DataFrame, rows: pl.DataFrame, rank: pl.Series) -> pl.Dat
 def list_twins(pairs: pl.DataFrame, rows: pl.DataFrame, rank: pl.Series) -> pl.DataFrame:
     """Number of each pair, and the rows x, y that stand for its a and b."""
     first, in_scope = _find_first(rows, rank)
-    sha256 = rows["sha256"]
-    asked = pairs.select(
-        pl.int_range(pl.len()).alias("pair"), sha_a=sha256.gather(pairs["a"]), sha_b=sha256.gather(pairs["b"])
-    ).filter(pl.col("sha_a") != pl.col("sha_b"))
+    a, b = (rows["picture"].gather(pairs[end]) for end in "ab")
+    asked = pairs.select(pl.int_range(pl.len()).alias("pair"), picture_a=a, picture_b=b).filter(a != b)
     whole, by = asked, {}
     for end, row in (("a", "x"), ("b", "y")):
-        names = {"sha256": f"sha_{end}", "first": row, "guarded": f"guarded_{row}"}
-        whole = whole.join(first.rename(names), on=f"sha_{end}")
+        names = {"picture": f"picture_{end}", "first": row, "guarded": f"guarded_{row}"}
+        whole = whole.join(first.rename(names), on=f"picture_{end}")
         by[row] = in_scope.rename(names, strict=False)
-    together = asked.join(by["x"], on="sha_a").join(by["y"], on=["sha_b", "scope"])
-    guards_x = whole.filter("guarded_x").drop("y").join(by["y"], on="sha_b")
-    guards_y = whole.filter("guarded_y").drop("x").join(by["x"], on="sha_a")
+    together = asked.join(by["x"], on="picture_a").join(by["y"], on=["picture_b", "scope"])
+    guards_x = whole.filter("guarded_x").drop("y").join(by["y"], on="picture_b")
+    guards_y = whole.filter("guarded_y").drop("x").join(by["x"], on="picture_a")
     found = pl.concat([part.select("pair", "x", "y") for part in (whole, together, guards_x, guards_y)])
     return found.unique().sort("pair", "x", "y")
 
 
 def _find_first(rows: pl.DataFrame, rank: pl.Series) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The first row of each picture (sha256, first, guarded), and the first in each scope (sha256, scope, first)."""
-    ordered = rows.select("id", "sha256", "scope", "guarded", "status", rank=rank).filter(pl.col("status") == "ok")
+    """The first row of each picture (picture, first, guarded), and the first in each scope (picture, scope, first)."""
+    ordered = rows.select("id", "picture", "scope", "guarded", "status", rank=rank).filter(pl.col("status") == "ok")
     ordered = ordered.sort("rank")
     of_all = {"first": pl.col("id").first(), "guarded": pl.col("guarded").first()}
-    first = ordered.group_by("sha256", maintain_order=True).agg(**of_all)
-    in_scope = ordered.group_by("sha256", "scope", maintain_order=True).agg(first=pl.col("id").first())
+    first = ordered.group_by("picture", maintain_order=True).agg(**of_all)
+    in_scope = ordered.group_by("picture", "scope", maintain_order=True).agg(first=pl.col("id").first())
     return first, in_scope
 
 
 def pair_equal(rows: pl.DataFrame, rank: pl.Series) -> pl.DataFrame:
     """Pairs of equal bytes: every row with the first one of its scope, and those with the first of all."""
     first, in_scope = _find_first(rows, rank)
-    stands = in_scope.join(first.select("sha256", whole="first"), on="sha256")
-    each = rows.filter(pl.col("status") == "ok").select("id", "sha256", "scope").join(stands, on=["sha256", "scope"])
+    stands = in_scope.join(first.select("picture", whole="first"), on="picture")
+    each = rows.filter(pl.col("status") == "ok").select("id", "picture", "scope").join(stands, on=["picture", "scope"])
     other = pl.when(pl.col("id") == pl.col("first")).then("whole").otherwise("first")
     pairs = each.select("id", other=other).filter(pl.col("id") != pl.col("other"))
     ends = pairs.select(a=pl.min_horizontal("id", "other"), b=pl.max_horizontal("id", "other"))
@@ -65,7 +63,7 @@ def pair_equal(rows: pl.DataFrame, rank: pl.Series) -> pl.DataFrame:
 
 def name_first(pairs: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
     """Pairs with the first row in input order of each picture for a and b, a < b, each pair once."""
-    first = rows.select(pl.col("id").min().over("sha256")).to_series()
+    first = rows.select(pl.col("id").min().over("picture")).to_series()
     a, b = first.gather(pairs["a"]), first.gather(pairs["b"])
     low, high = (pl.select(pick(a, b)).to_series() for pick in (pl.min_horizontal, pl.max_horizontal))
     ends = pairs.with_columns(a=low, b=high)

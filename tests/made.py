@@ -19,10 +19,16 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from dedup import sources
+from dedup import policy, sources
 from dedup.options import Options as DedupOptions
 from dedup.pipeline import deduplicate
 from dedup.sources import Layout, Transfer
+
+
+def with_numbers(rows: pl.DataFrame) -> pl.DataFrame:
+    """Rows with text → with the numbers that stand for it in memory (`Signatures.read`)."""
+    pictures, names = pl.col("sha256").rank("dense"), pl.col("key").rank("dense")
+    return rows.with_columns(policy.hash_caption(), picture=pictures, name=names)
 
 
 def picture(seed: int) -> bytes:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 import pytest
+from made import with_numbers
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from test_dedup_features import photograph
 from test_dedup_geometry import EDITS, add_caption_bar, add_shop_frame, draw_circles
@@ -514,6 +515,7 @@ def test_keepers_are_those_that_most_others_share_parts_with() -> None:
         },
         schema_overrides={"caption": pl.String},
     )
+    rows = with_numbers(rows)
     assert policy.keeper_rank(rows).to_list() == [3, 2, 1, 0, 4]
     partners = pl.Series([3, 1, 2, 0, 9])  # powers of two of one more: 2, 1, 1, 0
     assert policy.keeper_rank(rows, partners=partners).to_list() == [0, 2, 1, 3, 4]

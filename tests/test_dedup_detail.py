@@ -86,7 +86,7 @@ def test_any_size_has_a_spectrum(height: int, width: int) -> None:
 
 def table(sizes: list[tuple[int, int]], pairs: list[tuple[int, int, str]]) -> tuple[pl.DataFrame, pl.DataFrame]:
     rows = pl.DataFrame(sizes, schema={"width": pl.Int32, "height": pl.Int32}, orient="row")
-    rows = rows.with_columns(id=pl.int_range(pl.len(), dtype=pl.Int64), sha256=pl.int_range(pl.len()).cast(pl.String))
+    rows = rows.with_columns(id=pl.int_range(pl.len(), dtype=pl.Int64), picture=pl.int_range(pl.len(), dtype=pl.UInt32))
     return rows, pl.DataFrame(pairs, schema={"a": pl.Int64, "b": pl.Int64, "class": pl.String}, orient="row")
 
 
@@ -104,6 +104,6 @@ def test_a_chain_of_enlargements_ends_at_its_origin() -> None:
         scaled(photograph(3, 256), 1, Image.Resampling.BOX)
     ]
     rows, pairs = table([p.size for p in pictures], [(0, 2, "copy"), (1, 2, "copy")])
-    spectra = {str(i): detail.power_spectrum(np.asarray(p)) for i, p in enumerate(pictures)}
+    spectra = {i: detail.power_spectrum(np.asarray(p)) for i, p in enumerate(pictures)}
     held = detail.effective_pixels(rows, detail.size_pairs(rows, pairs), spectra)
     assert held.to_list() == [128 * 128, 128 * 128, 128 * 128, 256 * 256]

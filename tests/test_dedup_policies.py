@@ -6,6 +6,7 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made import with_numbers
 
 from dedup import clustering, manifest, policy, scopes, twins
 
@@ -109,7 +110,9 @@ def test_equal_files_stand_in_for_each_other(contents: list[tuple[str, str]], gu
     guarded = [guard and name == "T" for name in scope]
     order = sorted(random.sample(range(n), n), key=lambda row: not guarded[row])
     rows = pl.DataFrame({"id": range(n), "sha256": sha256, "scope": scope, "guarded": guarded})
-    rows = rows.with_columns(status=pl.lit("ok"), width=pl.lit(9), height=pl.lit(9))
+    rows = rows.with_columns(
+        pl.col("sha256").rank("dense").alias("picture"), status=pl.lit("ok"), width=pl.lit(9), height=pl.lit(9)
+    )
     by_content = {name: sha256.index(name) for name in sha256}
     known = [(a, b) for a, b in combinations(sorted(by_content.values()), 2) if {sha256[a], sha256[b]} != {"x", "z"}]
     told = {"class": "copy", "signal": "pdq", "orientation": "r90", "score": 0.9}
@@ -158,7 +161,7 @@ def ranked(prefer: str, *rows: dict, partners: list[int] | None = None) -> list[
         [usual | {"key": f"{n}"} | row for n, row in enumerate(rows)], schema_overrides={"shard": pl.String}
     )
     counted = None if partners is None else pl.Series(partners)
-    return policy.keeper_rank(table, partners=counted, prefer=policy.parse_preferences(prefer)).to_list()
+    return policy.keeper_rank(with_numbers(table), partners=counted, prefer=policy.parse_preferences(prefer)).to_list()
 
 
 def test_what_is_preferred_comes_first() -> None:

@@ -17,6 +17,7 @@ from test_dedup_features import photograph
 from dedup import evidence, look, manifest, pipeline, reader
 from dedup.options import Options
 from dedup.pipeline import deduplicate
+from dedup.signatures import Signatures
 from dedup.verdicts import Verdicts
 
 ROOT = Path(__file__).parent.parent
@@ -174,7 +175,9 @@ def test_the_same_question_about_other_bytes_or_limits_is_another(tmp_path: Path
     def make(max_pixels: int) -> reader.Reader:
         decode = pipeline.fingerprint.DecodeOptions(max_pixels)
         workers = pipeline.engine.Workers(1)
-        return reader.Reader(tmp_path, tmp_path, decode, workers, Verdicts(tmp_path / "verdicts"))
+        return reader.Reader(
+            tmp_path, tmp_path, decode, workers, Verdicts(tmp_path / "verdicts"), Signatures(tmp_path, [])
+        )
 
     asked: list[str] = []
     keys = [("x", "y", True), ("x", "y", None), ("x", "y", True)]
@@ -193,6 +196,8 @@ def test_code_that_has_changed_is_asked_again(tmp_path: Path, monkeypatch: pytes
     for code in ("a", "a", "b"):
         monkeypatch.setattr(reader, "_digest_code", lambda module, code=code: code + module)
         decode, workers = pipeline.fingerprint.DecodeOptions(), pipeline.engine.Workers(1)
-        one = reader.Reader(tmp_path, tmp_path, decode, workers, Verdicts(tmp_path / "verdicts"))
+        one = reader.Reader(
+            tmp_path, tmp_path, decode, workers, Verdicts(tmp_path / "verdicts"), Signatures(tmp_path, [])
+        )
         one.ask(lambda src, items, options: items, ["key"], lambda numbers: places.append(numbers) or numbers)
     assert places == [[0], [], [0]]
