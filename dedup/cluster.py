@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from dedup import nodes
-from dedup.engine import ONE_THREAD, WorkerError, Workers
+from dedup.engine import ONE_THREAD, WorkerError, Workers, one_thread_each
 from dedup.nodes import ClusterError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Cluster(Workers):
         self, jobs: int, address: str, folder: Path, inputs: Sequence[Path] = (), weights: Sequence[Path] = ()
     ) -> None:
         super().__init__(jobs)  # the threads of what is done here
-        self.most = jobs
+        self.most = 0 if address == HERE else jobs  # Ray that is started for them has no more processors than that
         self.address = address
         self.place = nodes.describe(folder, inputs, weights)
         self._connected = False
@@ -102,14 +102,15 @@ class Cluster(Workers):
         if ray.is_initialized():
             return
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.FATAL}
-        options["runtime_env"] = {"env_vars": ONE_THREAD}
         if self.address == HERE:
             options |= {"num_cpus": self.jobs, "include_dashboard": False, "object_store_memory": MEMORY}
         else:
             _reach(self.address)
+            options["runtime_env"] = {"env_vars": ONE_THREAD}
         self._connected = True
         try:
-            ray.init(self.address, **options)
+            with one_thread_each():  # where Ray is started here its processes inherit that, and workers wait ready
+                ray.init(self.address, **options)
         except Exception as error:  # they have no common class
             raise ClusterError(f"the Ray cluster {self.address} cannot be used ({_squeeze(error)})") from error
 

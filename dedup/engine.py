@@ -60,7 +60,7 @@ class Workers:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")  # fork deadlocks under the threads of polars and BLAS
             self._pool = ProcessPoolExecutor(self.jobs, mp_context=context, initializer=_end_with_parent)
-        with _one_thread_each():
+        with one_thread_each():
             futures = [self._pool.submit(function, *task) for task in tasks]
         try:
             for future in futures:
@@ -88,8 +88,8 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Children started here read these variables when they import numpy, cv2 and polars.
+def one_thread_each() -> Iterator[None]:
+    """Processes that are started here read these variables when they import numpy, cv2 and polars.
 
     Several processes with several threads each make every one of them slower.
     """
