@@ -1,10 +1,8 @@
-"""Time and memory of deduplication at scale: made-up signatures to manifest, real pictures, engines, and kills.
+"""Time and memory of deduplication at scale: made-up signatures to manifest. Real pictures: `scale_pictures.py`.
 
     python benchmarks/scale.py rows --work DIR [--sizes 100000,1000000,10000000] [--memory-budget 4GB]
     python benchmarks/scale.py plot TABLE.md docs/scale.svg
-    python benchmarks/scale.py images --work DIR --photos DIR [--pictures 100000]
-    python benchmarks/scale.py engines --work DIR --photos DIR [--pictures 100000]
-    python benchmarks/scale.py kills --work DIR --photos DIR [--times 20]
+    python benchmarks/scale.py plan
 
 `rows`: signatures of pictures that do not exist, in files of 10,000, through `dedup --level hash` from there to the
 manifest. 1 % of the rows are copies, byte for byte, of others; 1 % have a code within 31 bits of another one's, in a
@@ -12,22 +10,16 @@ random orientation; a tenth is one chain, each link 28 bits or less from the nex
 answers for the second reading, and confirms every candidate. All planted pairs must be found. Each size is a process of
 its own, the exponent that of time between neighbouring sizes; memory is the largest sum of proportional set sizes over
 the process tree, sampled, of each stage. `--planted` leaves out the search: what was planted stands for what it finds.
-`plot` draws the table that `rows` printed.
-`images`: JPEGs of 256 pixels, blends of two photographs, a twentieth of them copies of others, in tars of 1,000,
-through `dedup --level hash` by one process and by two. `engines`: the same by two local processes and by Ray.
-`kills`: a few such pictures in tars of 50; the run is killed (SIGKILL) at a random moment and started again.
+`plot` draws the table that `rows` printed. `plan`: what larger datasets would take, by arithmetic.
 """
 
 import base64
-import io
 import itertools
 import json
 import math
 import resource
-import shutil
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -35,7 +27,6 @@ from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
 
-import cv2
 import numpy as np
 import polars as pl
 import psutil
@@ -58,7 +49,6 @@ from dedup import (
     subjects,
     vectors,
 )
-from dedup.fingerprint import fingerprint_shard
 
 app = typer.Typer()
 STAGES = ("fingerprint", "search", "verify", "decide", "write")
@@ -68,8 +58,6 @@ CHAIN = 10  # one row in so many is a link
 FLAT = base64.b64encode(np.ones(detail.SEGMENT // 2 + 1, np.float32).tobytes()).decode()  # a spectrum
 SIZES = np.array([(640, 480), (512, 512), (1024, 768), (512, 384)])
 Work = Annotated[Path, typer.Option(help="Folder for what is made.")]
-Photos = Annotated[Path, typer.Option(help="Folder of photographs that are blended.")]
-Pictures = Annotated[int, typer.Option(help="So many are made.")]
 Jobs = Annotated[int, typer.Option(help="Processes.")]
 
 
@@ -365,143 +353,6 @@ def _count_buckets(layout: list[tuple[int, int, int]]) -> int:
 
 def _count_compared(layout: list[tuple[int, int, int]], n: float) -> float:
     return sum(_count_buckets([band]) * n / 2 ** band[1] for band in layout)
-
-
-# Real pictures
-
-
-def make_pictures(photos: Path, folder: Path, count: int, each: int = 1_000) -> Path:
-    """JPEGs of 256 pixels in tars: blends of crops of two photographs; one in twenty is one of these again."""
-    if (folder / "done").exists():
-        return folder / "shards"
-    (folder / "shards").mkdir(parents=True)
-    files = sorted(path for path in photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    pool = [
-        picture for path in files if (picture := cv2.imread(str(path))) is not None and min(picture.shape[:2]) > 160
-    ]
-    rng, earlier = np.random.default_rng(count), list[np.ndarray]()
-    for number, start in enumerate(range(0, count, each)):
-        with tarfile.open(folder / "shards" / f"{number:05d}.tar", "w") as archive:
-            for row in range(start, min(start + each, count)):
-                is_copy = earlier and rng.random() < 1 / 20
-                picture = earlier[rng.integers(len(earlier))] if is_copy else _blend(pool, rng)
-                earlier = [*earlier[-200:], picture]
-                data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(80, 96))])[1].tobytes()
-                for name, content in ((f"{row:09d}.jpg", data), (f"{row:09d}.txt", b"a picture")):
-                    member = tarfile.TarInfo(name)
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
-    (folder / "done").touch()
-    return folder / "shards"
-
-
-def _blend(pool: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    crops = []
-    for picture in (pool[k] for k in rng.choice(len(pool), 2, replace=False)):
-        side = int(rng.integers(128, min(picture.shape[:2])))
-        y, x = (int(rng.integers(0, length - side + 1)) for length in picture.shape[:2])
-        crops.append(cv2.resize(picture[y : y + side, x : x + side], (256, 256), interpolation=cv2.INTER_AREA))
-    return cv2.addWeighted(crops[0], 0.5, crops[1], 0.5, 0)
-
-
-def _command(src: Path, out: Path, jobs: int, *more: str) -> list[str]:
-    program = str(Path(sys.executable).parent / "unmemorize")
-    chosen = ["--level", "hash", "--jobs", str(jobs), "--no-report", *more]
-    return [program, "dedup", str(src), "-o", str(out), *chosen]
-
-
-def _time_runs(src: Path, work: Path, count: int, runs: dict[str, list[str]], repeats: int) -> dict[str, list[float]]:
-    """A line of the table for each run, by turns; seconds of each."""
-    print(
-        "| run | seconds | CPU s | images/s | fingerprint alone, images/s | peak GB |\n|---|---:|---:|---:|---:|---:|"
-    )
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _, (name, arguments) in itertools.product(range(repeats), runs.items()):
-        out = work / "out"
-        shutil.rmtree(out, ignore_errors=True)
-        taken, processor, peaks = measure(_command(src, out, *arguments))
-        peak = max(peaks.values())
-        seconds[name].append(taken)
-        hashing = json.loads((out / "timings.json").read_text())["fingerprint"]
-        told = f"{taken:.1f} | {processor:.1f} | {count / taken:.0f} | {count / hashing:.0f} | {peak:.2f}"
-        print(f"| {name} | {told} |", flush=True)
-    return seconds
-
-
-@app.command()
-def images(work: Work, photos: Photos, pictures: Pictures = 100_000, repeats: int = 1) -> None:
-    """Images a second by one process and by two."""
-    src = make_pictures(photos, work / f"pictures-{pictures}", pictures)
-    seconds = _time_runs(src, work, pictures, {"1 process": ["1"], "2 processes": ["2"]}, repeats)
-    print(f"Efficiency of two: {min(seconds['1 process']) / min(seconds['2 processes']) / 2:.0%}")
-
-
-@app.command()
-def engines(work: Work, photos: Photos, pictures: Pictures = 100_000, repeats: int = 1) -> None:
-    """Ray beside local processes; the start of Ray is measured by itself, and taken off."""
-    src = make_pictures(photos, work / f"pictures-{pictures}", pictures)
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import ray; ray.init(num_cpus=2, log_to_driver=False)"], check=True)
-    begun = time.perf_counter() - start
-    seconds = _time_runs(src, work, pictures, {"local": ["2"], "ray": ["2", "--engine", "ray"]}, repeats)
-    more = (min(seconds["ray"]) - begun) / min(seconds["local"]) - 1
-    print(f"Ray takes {begun:.1f} s to start and end; without that it takes {more:+.0%} of the time.")
-
-
-# Kills
-
-
-def begin_shard(shard: sources.Shard, index: int, work: Path, *more: Any) -> tuple[int, int]:
-    """`fingerprint.fingerprint_shard`, which says so when it has something to do."""
-    if not (work / f"{index:05d}.parquet").exists():
-        with (work.parent / "begun.txt").open("a") as log:
-            log.write(f"{index}\n")
-    return fingerprint_shard(shard, index, work, *more)
-
-
-@app.command(hidden=True)
-def logged(src: Path, out: Path, jobs: int) -> None:
-    """Deduplicate, with `begin_shard`."""
-    with mock.patch.object(fingerprint, "fingerprint_shard", begin_shard):
-        pipeline.deduplicate(src, out, options.Options(level="hash"), jobs=jobs)
-
-
-@app.command()
-def kills(work: Work, photos: Photos, pictures: Pictures = 3_000, times: int = 20, jobs: Jobs = 2) -> None:
-    """Kill, start again, and compare with an undisturbed run."""
-    src = make_pictures(photos, work / f"killed-{pictures}", pictures, each=50)
-    whole, out = work / "whole", work / "killed"
-    shutil.rmtree(whole, ignore_errors=True)
-    start = time.perf_counter()
-    command = [sys.executable, __file__, "logged", str(src), str(whole), str(jobs)]
-    subprocess.run(command, check=True)
-    taken = time.perf_counter() - start
-    expected = {path.relative_to(whole): path.read_bytes() for path in list_results(whole)}
-    print("| killed after s | shards done by then | of these made again | begun twice | results that differ |")
-    print("|---:|---:|---:|---:|---:|")
-    command[-2] = str(out)
-    rng = np.random.default_rng(0)
-    for after in sorted(rng.uniform(0.2, taken, times)):
-        shutil.rmtree(out, ignore_errors=True)
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        time.sleep(after)
-        process.kill()
-        process.wait()
-        folder = out / ".work" / "signatures"
-        done = {path: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
-        subprocess.run(command, check=True)
-        again = sum(path.stat().st_mtime_ns != mtime for path, mtime in done.items())
-        found = {path.relative_to(out): path.read_bytes() for path in list_results(out)}
-        begun = (out / ".work" / "begun.txt").read_text().split()
-        differing = sum(found.get(name) != expected.get(name) for name in found | expected)
-        told = f"{len(done)} | {again} | {len(begun) - len(set(begun))} | {differing} of {len(expected)}"
-        print(f"| {after:.1f} | {told} |", flush=True)
-
-
-def list_results(out: Path) -> list[Path]:
-    """Files of a run that must be equal."""
-    names = ("run.json", "pairs.parquet", "kept.txt", "dropped.csv", "deduplicated.parquet", "deduplicated.jsonl")
-    return [*(out / "manifest").glob("*.parquet"), *(out / name for name in names)]
 
 
 if __name__ == "__main__":

@@ -76,8 +76,6 @@ class Cluster(Workers):
     def __enter__(self) -> Self:
         token = self.place.token
         token.parent.mkdir(parents=True, exist_ok=True)
-        for stale in token.parent.glob(f"{nodes.TOKEN}*"):  # of a run that was killed
-            stale.unlink()
         token.touch()
         try:
             self._connect()
@@ -101,6 +99,8 @@ class Cluster(Workers):
 
         if ray.is_initialized():
             return
+        for token in set(self.place.token.parent.glob(f"{nodes.TOKEN}*")) - {self.place.token}:
+            token.unlink()  # of a run that was killed
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.FATAL}
         if self.address == HERE:
             options |= {"num_cpus": self.jobs, "include_dashboard": False, "object_store_memory": MEMORY}

@@ -29,7 +29,7 @@ from eval.reference import load_pixels
 from eval.replication import ENCODERS, REPLICATION, embed_reference, score_replication, summarise_similarity
 from eval.summary import count_by_caption, summarise_scores
 from eval.targets import TARGETS
-from eval.yardstick import Yardstick, load_yardstick
+from eval.yardstick import PART, Yardstick, load_yardstick
 
 EXACT_CLIQUE = 64  # generations up to which the largest clique is found for certain
 FEWEST = 4  # generations that make a clique worth the name
@@ -183,10 +183,13 @@ def read_images(run: Path, files: pl.Series, resolution: int) -> np.ndarray:
 
 def count_copies(out: Path, yardstick: Yardstick, calibration: Calibration) -> list[int]:
     """Rows of the original data within δ of each target: the k of eidetic memorisation (Carlini et al., sec. 4.1)."""
-    rows = manifest.read(out).filter(pl.col("status") == "ok")
-    pixels = load_pixels(out, rows, calibration.resolution)
-    near = l2(scale(yardstick.target_pixels), scale(pixels)) <= calibration.delta_of(yardstick.targets)[:, None]
-    return near.sum(axis=1).tolist()
+    rows = manifest.read(out).filter(pl.col("status") == "ok").with_columns(rows=pl.len().over("sha256"))
+    targets, delta = scale(yardstick.target_pixels), calibration.delta_of(yardstick.targets)[:, None]
+    copies = np.zeros(len(targets), np.int64)
+    for part in rows.unique("sha256", keep="first", maintain_order=True).iter_slices(PART):
+        near = l2(targets, scale(load_pixels(out, part, calibration.resolution))) <= delta
+        copies += near @ part["rows"].to_numpy().astype(np.int64)
+    return copies.tolist()
 
 
 def score_clique(

@@ -169,8 +169,10 @@ def test_results_come_in_order_errors_as_they_were_and_a_dead_worker_is_made_up_
         assert list(workers.run(die, [(tmp_path / "mark", False)])) == [1]
         with pytest.raises(WorkerError, match="given up after 2 workers"):
             list(workers.run(die, [(tmp_path / "mark", True)]))
-        with connect(address, tmp_path / "inner") as inner:
-            assert [number for number, _ in inner.run(work, [(7,)])] == [7]
+        for folder in (tmp_path / "inner", tmp_path):
+            with connect(address, folder) as inner:
+                assert [number for number, _ in inner.run(work, [(7,)])] == [7]
+            assert workers.place.token.exists()
         assert [number for number, _ in workers.run(work, [(8,)])] == [8]  # the inner one has not hung up
     assert not ray.is_initialized()
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["mark"]
@@ -470,6 +472,23 @@ def test_the_program_under_uv_run_starts_a_cluster_of_its_own_and_says_no_more_t
     lost = subprocess.run(again, cwd=root, capture_output=True, text=True, check=False)
     assert (lost.returncode, lost.stderr.count("\n")) == (3, 1)
     assert lost.stderr.startswith("unmemorize: no Ray cluster answers at 127.0.0.1:9 ")
+
+
+@pytest.mark.slow
+def test_a_cluster_of_its_own_has_so_many_workers_of_one_thread(tmp_path: Path) -> None:
+    def work(number: int) -> tuple[int, int, dict[str, str | None]]:
+        time.sleep(0.1)
+        return number, os.getpid(), {name: os.environ.get(name) for name in cluster.ONE_THREAD}
+
+    before = dict(os.environ)
+    with Cluster(2, cluster.HERE, tmp_path) as workers:
+        numbers, processes, threads = zip(*workers.run(work, [(n,) for n in range(20)]), strict=True)
+    assert list(numbers) == list(range(20))
+    assert len(set(processes)) == 2
+    assert all(each == cluster.ONE_THREAD for each in threads)
+    assert {name: os.environ.get(name) for name in cluster.ONE_THREAD} == {
+        name: before.get(name) for name in cluster.ONE_THREAD
+    }
 
 
 def test_an_address_needs_the_engine(src: Path) -> None:
