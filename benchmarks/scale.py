@@ -319,14 +319,21 @@ def plan(
     start = time.process_time()
     bands.join_block(upright, 0, codes, len(codes), search.RADIUS, search.LIMIT)
     layout = bands.choose_bands(len(codes), search.RADIUS)
-    unit = (time.process_time() - start) / (8 * len(codes) * bands.estimate_work(layout, len(codes)))
+    unit = (time.process_time() - start) / (8 * len(codes) * bands.estimate_work(layout, len(codes), 8 * len(codes)))
     print(f"One unit of `bands.estimate_work` is {unit * 1e9:.2f} ns.\n\n| | {sizes.replace(',', ' | ')} |")
     columns = []
     for n in map(float, sizes.split(",")):
         layouts = [bands.choose_bands(int(size), search.RADIUS) for size in (n, min(n, block))]
         compared = [_count_compared(layout, n) for layout in layouts]
         # half of all pairs of blocks hold no earlier rows
-        join = 8 * n * unit * max(1.0, n / block / 2 + 0.5) * bands.estimate_work(layouts[1], min(n, block)) / 3600
+        join = (
+            8
+            * n
+            * unit
+            * max(1.0, n / block / 2 + 0.5)
+            * bands.estimate_work(layouts[1], min(n, block), 8 * min(n, block))
+            / 3600
+        )
         columns.append(
             {
                 "fingerprint, core hours": n / hashed / 3600 if hashed else math.nan,

@@ -135,6 +135,7 @@ def deduplicate(
                 chosen, pairs, reader, told=said, prefer=prefer, search=copy_search, **keep
             )
             pairs, decided = judge.share_fate(chosen, pairs, decided, rank)
+            reader.verdicts.forget()  # nothing more is asked
             decided = clustering.keep_more(decided, rank, options.max_copies, chosen["guarded"])
             table = outputs.decide(chosen.with_columns(effective_pixels=held), pairs, decided, signatures)
             # a look-alike of the hash level may be a copy to the copy level, turned or cropped: that one counts
@@ -167,7 +168,6 @@ def deduplicate(
                 counts["subjects"] = subjects.count(table, pairs)
             run = outputs.write(out, src, origin, shards, signatures, table, pairs, leaks, options, counts, about)
         manifest.sweep(out / ".work")
-        reader.verdicts.forget()
         search_copies.forget()
         seconds |= search_copies.seconds  # parts of "decide"
         manifest.write_json(out / "timings.json", {k: round(v, 3) for k, v in seconds.items()})

@@ -46,7 +46,7 @@ class Verdicts:
         manifest.write_parquet(self.folder / f"{number:08d}.parquet", part)
 
     def forget(self) -> None:
-        """Drop what nobody has asked for since this began, and put the rest into one file."""
+        """Drop what nobody has asked for since this began, put the rest into one file, and have none in memory."""
         parts = self._list_parts()
         kept = self.known.join(pl.concat(self.used).unique().to_frame("key"), on="key", how="semi").sort("key")
         stored = [pl.read_parquet(path, columns=["key"])["key"] for path in parts]
@@ -54,4 +54,4 @@ class Verdicts:
             self._write(kept)
             for path in parts:
                 path.unlink()
-        self.known = kept
+        self.known, self.used = kept.clear(), self.used[:1]
