@@ -121,11 +121,10 @@ def _fingerprint(other: Other, work: Path, dataset: Dataset) -> pl.DataFrame:
     frames = [pl.read_parquet(work / "signatures" / f"{n:05d}.parquet") for n in range(len(tasks))]
     if not any(map(len, frames)):
         raise AgainstError(f"--against {other.name} holds no pictures: give a set that does, or leave it out")
-    place = pl.when(pl.col("shard").is_null()).then("key").otherwise(pl.concat_str("shard", pl.lit(":"), "key"))
     return pl.concat(frames).select(
         pl.int_range(pl.len(), dtype=pl.Int64).alias("number"),
         pl.all(),
-        other=place,
+        other=manifest.PLACE,
         prompt=pl.lit(None, pl.String),
     )
 

@@ -82,7 +82,7 @@ def take_over(base: Base, shards: list[sources.Shard], stamps: list[str], signat
 def find_published(base: Base, rows: pl.DataFrame) -> pl.Series:
     """bool of each row: is it one that BASE kept? With its bytes at its place, else by its key, else anywhere.
 
-    Each row of BASE is at most one: of equal files as many are published as BASE kept.
+    rows: with key and sha256. Each row of BASE is at most one: of equal files as many are published as BASE kept.
     """
     theirs = base.rows.filter("keep").select("shard", "key", "sha256")
     ours = rows.select("id", pl.col("shard").cast(pl.String), "key", "sha256")

@@ -68,7 +68,7 @@ class Cluster(Workers):
         self, jobs: int, address: str, folder: Path, inputs: Sequence[Path] = (), weights: Sequence[Path] = ()
     ) -> None:
         super().__init__(jobs)  # the threads of what is done here
-        self.most = 0 if address == HERE else jobs  # Ray that is started for them has no more processors than that
+        self.most = jobs
         self.address = address
         self.place = nodes.describe(folder, inputs, weights)
         self._connected = False
@@ -104,6 +104,7 @@ class Cluster(Workers):
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.FATAL}
         if self.address == HERE:
             options |= {"num_cpus": self.jobs, "include_dashboard": False, "object_store_memory": MEMORY}
+            self.most = 0  # it has no more processors than that, so tasks may wait for them
         else:
             _reach(self.address)
             options["runtime_env"] = {"env_vars": ONE_THREAD}

@@ -102,7 +102,9 @@ class CopySearch:
             places = self._places(asked.select("a", "b").to_numpy().ravel())
             return [(*a, *b, hint) for a, b, hint in zip(places[::2], places[1::2], asked["mirrored"], strict=True)]
 
-        of_a, of_b = (self.reader.locate(candidates[end])["sha256"] for end in "ab")
+        ids = pl.concat([candidates["a"], candidates["b"]]).unique().sort()
+        sha256 = self.reader.signatures.take(ids, ("sha256",))["sha256"]
+        of_a, of_b = (sha256.gather(ids.search_sorted(candidates[end])) for end in "ab")
         keys = list(zip(of_a, of_b, candidates["mirrored"], strict=True))
         with engine.timed(self.seconds, "match"):
             found = self.reader.ask(evidence.match_pairs, keys, make_items)

@@ -204,8 +204,7 @@ def _convert(
 def _write_index(dest: Path, rows: pl.DataFrame, options: Options) -> None:
     asked = [name for name in ("captions", "weight") if name in rows.columns]
     index = rows.with_columns(keep="take").select(*INDEX, *asked, caption="text")
-    place = pl.when(pl.col("shard").is_null()).then("key").otherwise(pl.concat_str("shard", pl.lit(":"), "key"))
-    keys = index.filter("keep").select(place).to_series()
+    keys = index.filter("keep").select(manifest.PLACE).to_series()
     manifest.write_text(dest / "keys.txt", "".join(f"{key}\n" for key in keys))
     manifest.write_parquet(dest / "index.parquet", index)
 

@@ -67,7 +67,8 @@ class Thumbnails:
             with path.open("rb", buffering=0) as file:  # np.load takes twenty times as long for one thumbnail
                 header = os.fstat(file.fileno()).st_size % size
                 file.seek(header + size * int(place[number]))
-                file.readinto(taken[number])
+                if file.readinto(taken[number]) != size:
+                    raise OSError(f"{path} is damaged: delete it and run again")
         return taken
 
 

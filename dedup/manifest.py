@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ REASONS = ("bytes", "pixels", "hash", "copy", "decision", "policy", "external")
 CLASSES = ("copy", "same-scene", "look-alike")
 # Dihedral group as PDQ lists it: rotation by 90° steps counter-clockwise, `m` = mirrored left-right first.
 ORIENTATIONS = ("r0", "r90", "r180", "r270", "m0", "m90", "m180", "m270")
+
+PLACE = pl.when(pl.col("shard").is_null()).then("key").otherwise(pl.concat_str("shard", pl.lit(":"), "key"))
 
 type Schema = dict[str, pl.DataType | type[pl.DataType]]
 
@@ -67,7 +69,7 @@ SCHEMA: Schema = {
 }
 
 # Columns of few distinct values: in memory 4 bytes a row as categories, and 16 or more as text.
-FEW = ("source", "shard", "subject", "format", "status", "reason", "class", "signal", "orientation")
+FEW = ("source", "shard", "format", "status", "reason", "class", "signal", "orientation")
 
 PAIRS_SCHEMA: Schema = {
     "a": pl.Int64,  # a < b
@@ -225,6 +227,11 @@ def read(out: Path, columns: Iterable[str] | None = None) -> pl.DataFrame:
     if not paths:
         raise ManifestError(f"{out} holds no manifest: run `unmemorize dedup SRC -o {out}` first")
     return pl.read_parquet(paths, columns=list(columns) if columns is not None else None)
+
+
+def read_parts(out: Path) -> Iterator[pl.DataFrame]:
+    """The files of a manifest, one by one."""
+    return map(pl.read_parquet, sorted((out / "manifest").glob("*.parquet")))
 
 
 def read_run(out: Path) -> dict[str, Any]:

@@ -128,8 +128,7 @@ def match_shard(
 ) -> None:
     """Write the queries and the matches of one shard, from its signatures."""
     rows = pl.read_parquet(work / "signatures" / f"{number:05d}.parquet")
-    shard_and_key = pl.concat_str("shard", pl.lit(":"), "key")
-    rows = rows.with_columns(query=pl.when(pl.col("shard").is_null()).then("key").otherwise(shard_and_key))
+    rows = rows.with_columns(query=manifest.PLACE)
     prompt = told.rename({"prompt": "by_name"})
     rows = rows.join(prompt, left_on="query", right_on="name", how="left", maintain_order="left")
     rows = rows.join(told, left_on="key", right_on="name", how="left", maintain_order="left")

@@ -5,7 +5,6 @@ are described in docs/architecture.md.
 """
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from dedup import clustering, images, manifest, policy, sources, subjects
+from dedup.manifest import PLACE
 from dedup.options import Options, list_versions, record_options
 from dedup.signatures import LATER, Signatures
 
@@ -22,8 +22,7 @@ DECIDED: manifest.Schema = {
     name: pl.Categorical() if name in manifest.FEW else kind
     for name, kind in manifest.SCHEMA.items()
     if name not in LATER
-} | {"caption_hash": pl.UInt64}
-PLACE = pl.when(pl.col("shard").is_null()).then("key").otherwise(pl.concat_str("shard", pl.lit(":"), "key"))
+} | {"caption_hash": pl.UInt64, "person": pl.UInt32}
 
 
 def is_medical(rows: pl.DataFrame) -> bool:
@@ -33,7 +32,7 @@ def is_medical(rows: pl.DataFrame) -> bool:
 def decide(rows: pl.DataFrame, pairs: pl.DataFrame, decisions: pl.DataFrame, signatures: Signatures) -> pl.DataFrame:
     """Rows, pairs and decisions → the finished manifest, columns DECIDED; `captions` as by `policy.merge_captions`."""
     evidence = _evidence(pairs, decisions)
-    joined = pl.concat([pairs.select("a", "b"), subjects.link_rows(rows["subject"])])
+    joined = pl.concat([pairs.select("a", "b"), subjects.link_rows(rows["person"])])
     outside = rows["guarded"].gather(decisions["kept_id"]).fill_null(False)  # dropped for a split that is not theirs
     stars = decisions["cluster_id"].to_numpy()
     stood_for = np.bincount(decisions["kept_id"].drop_nulls().to_numpy(), minlength=len(rows))
@@ -87,23 +86,18 @@ def write(
     """
     manifest.write(out, table, partial(_complete, signatures))
     manifest.write_parquet(out / "pairs.parquet", pairs)
-    manifest.write_parquet(out / "deduplicated.parquet", _list_ready(table, signatures))
-    manifest.write_atomic(out / "deduplicated.jsonl", lambda path: _write_lines(path, _list_ready(table, signatures)))
+    manifest.write_parquet(out / "deduplicated.parquet", map(_list_ready, manifest.read_parts(out)))
+    manifest.write_atomic(out / "deduplicated.jsonl", lambda path: _write_lines(path, out))
     evidence = table[leaks["id"]].select("signal", "score", "orientation", row=_name(signatures, leaks["id"]))
     leaking = leaks.rename({"cluster_id": "picture"}).drop("id").hstack(evidence)
     if leaking.is_empty():
         (out / "leakage.csv").unlink(missing_ok=True)
     else:
         manifest.write_atomic(out / "leakage.csv", leaking.write_csv)
-    manifest.write_atomic(out / "kept.txt", lambda path: _write_kept(path, table, signatures))
-    told = table.select("id", "status", "keep", "kept_id", "reason", "signal", "score", "orientation")
-    gone = told.filter((pl.col("status") == "ok") & ~pl.col("keep"))
-    kept = gone.select(pl.col("kept_id").drop_nulls().unique())
+    manifest.write_atomic(out / "kept.txt", lambda path: _write_kept(path, out))
+    kept = table.select(pl.col("kept_id").drop_nulls().unique())
     kept = kept.with_columns(kept=_name(signatures, kept["kept_id"]))
-    named = gone.with_columns(dropped=_name(signatures, gone["id"]))
-    named = named.join(kept, on="kept_id", how="left", maintain_order="left")
-    listing = named.select("dropped", "kept", "reason", "signal", "score", "orientation")
-    manifest.write_atomic(out / "dropped.csv", listing.write_csv)
+    manifest.write_atomic(out / "dropped.csv", lambda path: _write_dropped(path, out, kept))
     if (src / "plant.parquet").exists():
         shutil.copyfile(src / "plant.parquet", out / "plant.parquet")
     run: dict[str, Any] = {"src": str(src), "origin": origin}
@@ -126,30 +120,37 @@ def _name(signatures: Signatures, ids: pl.Series) -> pl.Series:
     return signatures.take(ids, ("shard", "key")).select(PLACE).to_series()
 
 
-def _list_ready(table: pl.DataFrame, signatures: Signatures) -> Iterator[pl.DataFrame]:
-    """Of the rows of `decide` those that are kept, with what a training needs; part by part, for their text."""
+# The lists are made of the files of the manifest, one by one: their text would be most of what is in memory.
+
+
+def _list_ready(rows: pl.DataFrame) -> pl.DataFrame:
+    """Of rows of the manifest those that are kept, with what a training needs."""
     columns = ["id", "source", "shard", "offset", "size", "key", "caption", "captions", "represents", "weight"]
-    schema = {name: manifest.SCHEMA[name] for name in columns}
-    numbers = table.select("keep", *(name for name in columns if name not in LATER))
-    for part in numbers.iter_slices(manifest.ROWS_PER_FILE):
-        kept = part.filter("keep")
-        text = signatures.take(kept["id"], ("offset", "key", "caption"))
-        yield manifest.conform(kept.hstack(text).with_columns(policy.tell_captions()), schema)
+    return rows.filter("keep").select(columns)
 
 
-def _write_lines(path: Path, parts: Iterator[pl.DataFrame]) -> None:
-    """As JSON, part by part: polars would have all of the text in memory before it writes any."""
+def _write_lines(path: Path, out: Path) -> None:
+    """The same as JSON."""
     with path.open("wb") as file:
-        for part in parts:
-            part.write_ndjson(file)
+        for rows in manifest.read_parts(out):
+            _list_ready(rows).write_ndjson(file)
 
 
-def _write_kept(path: Path, table: pl.DataFrame, signatures: Signatures) -> None:
+def _write_kept(path: Path, out: Path) -> None:
     """PLACE of each row that is kept, a line each."""
     with path.open("wb") as file:
-        for part in table.select("id", "keep").iter_slices(manifest.ROWS_PER_FILE):
-            names = _name(signatures, part.filter("keep")["id"])
-            names.to_frame().write_csv(file, include_header=False, quote_style="never")
+        for rows in manifest.read_parts(out):
+            rows.filter("keep").select(PLACE).write_csv(file, include_header=False, quote_style="never")
+
+
+def _write_dropped(path: Path, out: Path, kept: pl.DataFrame) -> None:
+    """Each row that was dropped, beside the one that is kept for it. kept: kept_id and its PLACE."""
+    columns = ["kept", "reason", "signal", "score", "orientation"]
+    with path.open("wb") as file:
+        for number, rows in enumerate(manifest.read_parts(out)):
+            gone = rows.filter((pl.col("status") == "ok") & ~pl.col("keep"))
+            named = gone.join(kept, on="kept_id", how="left", maintain_order="left")
+            named.select(PLACE.alias("dropped"), *columns).write_csv(file, include_header=not number)
 
 
 def count(table: pl.DataFrame, pairs: pl.DataFrame, signatures: Signatures) -> dict[str, Any]:

@@ -109,6 +109,7 @@ def deduplicate(
         remembered = marks.remember(out, given, None if base is None else base.out)
         named = rows.hstack(signatures.take(rows["id"], ("key", "sha256"))) if remembered else rows
         said, of_marks = marks.resolve(remembered, named)
+        del named
         with engine.timed(seconds, "search"):
             search = pairing.Near(signatures, workers, memory_budget or memory.default_budget())
             candidates = pairing.find_candidates(rows, options.level, search)
@@ -164,7 +165,7 @@ def deduplicate(
                 about["against"] = [other.describe() for other in others]
                 counts |= {"against": told, "external": against.count_dropped(table, found, rows["published"])}
             against.write(out, found if others else None)
-            if table["subject"].count():
+            if table["person"].count():
                 counts["subjects"] = subjects.count(table, pairs)
             run = outputs.write(out, src, origin, shards, signatures, table, pairs, leaks, options, counts, about)
         manifest.sweep(out / ".work")

@@ -68,10 +68,10 @@ def keeper_rank(
 ) -> pl.Series:
     """Rank of every row in keeper order: 0 = kept before all others. Rows that are not `ok` come last.
 
-    rows: columns `guarded` and `published` are heeded, in this order; `rank`, if there is one, is an earlier rank of
-    the same rows by some of the same criteria, and settles ties. effective_pixels: of `detail.effective_pixels`;
-    None = width × height. partners: of `count_partners`; None = none. prefer: of `parse_preferences`: these criteria
-    first, then those of DEFAULT that are not among them.
+    rows: of `Signatures.read`. `guarded` and `published` are heeded, in this order; `rank`, if there is one, is an
+    earlier rank of the same rows by some of the same criteria, and settles ties. effective_pixels: of
+    `detail.effective_pixels`; None = width × height. partners: of `count_partners`; None = none. prefer: of
+    `parse_preferences`: these criteria first, then those of DEFAULT that are not among them.
 
     quality: what compression takes away: formats without loss before lossy ones (`verify.LOSSY`; WebP counts as
     lossy), then more bytes a pixel. What was lossy once and saved in a better format since is not seen.

@@ -1,8 +1,7 @@
 """The signature files of a run as one table: what decides is in memory, the rest is read when it is asked for.
 
-In: the files that `fingerprint` wrote, one a shard. Out: rows by their id, the number of the row in input order. No
-text is in memory: decisions only ask which digests, names and captions are equal, and in what order they are, and
-numbers tell that.
+In: the files that `fingerprint` wrote, one a shard. Out: rows by their id, the number of the row in input order. Of
+digests, keys, captions and persons decisions only ask which are equal, and in what order: numbers stand for them.
 """
 
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import polars as pl
 from dedup import manifest, policy, scopes
 
 # Nine tenths of the bytes of a row; no decision reads them.
-LATER = ("offset", "key", "caption", "error", "sha256", "phash", "dhash", "pdq", "pdq_d4")
+LATER = ("offset", "key", "caption", "subject", "error", "sha256", "phash", "dhash", "pdq", "pdq_d4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +28,24 @@ class Signatures:
         """All rows with their `id`, `manifest.compact`, and numbers for the columns LATER.
 
         picture: UInt32, equal for equal bytes, in the order of their digests; null for what could not be read. name:
-        UInt32, the order of the keys among rows of one picture, and among those without. caption_hash: UInt64, null
-        for a row without caption.
+        UInt32, the order of the keys among rows of one picture, and among those without. person: UInt32, equal for
+        equal subjects, null where nobody says. caption_hash: UInt64, null for a row without caption.
         """
         # One by one: of many at once polars takes a thread for each, and warns of a deadlock beyond 512.
-        files, digests, digest = [], [], pl.col("sha256").str.decode("hex")
+        files, texts = [], []
+        asked = {"digest": pl.col("sha256").str.decode("hex"), "person": pl.col("subject")}
         for number in range(len(self.sizes)):
-            file = pl.scan_parquet(self._path(number)).with_columns(policy.hash_caption(), digest=digest)
-            files.append(manifest.compact(file.drop(LATER).collect()))
-            digests.append(files[-1].drop_in_place("digest"))
-        picture = pl.concat(digests).rank("dense").alias("picture")
-        del digests
+            file = (
+                pl.scan_parquet(self._path(number)).with_columns(policy.hash_caption(), **asked).drop(LATER).collect()
+            )
+            texts.append(file.select(*asked))
+            files.append(manifest.compact(file.drop(*asked)))
+        text = pl.concat(texts)
+        del texts
+        numbers = {"picture": text["digest"].rank("dense"), "person": text["person"].rank("dense")}
+        del text
         rows = pl.concat(files, how="diagonal").with_row_index("id")
-        rows = rows.with_columns(pl.col("id").cast(pl.Int64), picture)
+        rows = rows.with_columns(pl.col("id").cast(pl.Int64), **numbers)
         again = rows.select(pl.col("picture").is_null() | scopes.stands_again("picture")).to_series().arg_true()
         order = self.take(again, ("key",))["key"].rank("dense")
         rows = rows.with_columns(name=pl.repeat(0, len(rows), dtype=pl.UInt32, eager=True).scatter(again, order))
@@ -53,8 +57,10 @@ class Signatures:
         """These columns of these rows, in the order of the ids."""
         parts = list(self._find(ids, columns))
         order = np.argsort(np.concatenate([np.zeros(0, np.int64), *(place for place, _ in parts)]))
-        schema = {name: kind for name, kind in pl.read_parquet_schema(self._path(0)).items() if name in columns}
-        return pl.concat([pl.DataFrame(schema=schema), *(part for _, part in parts)])[order].select(columns)
+        assert len(order) == len(ids), "an id of no row"
+        schema = pl.read_parquet_schema(self._path(0))
+        empty = pl.DataFrame(schema={name: schema[name] for name in columns})
+        return pl.concat([empty, *(part for _, part in parts)])[order]
 
     def read_captions(self, ids: pl.Series) -> pl.Series:
         """Of these rows, in the order of the ids."""
@@ -84,7 +90,7 @@ class Signatures:
         edges = np.searchsorted(wanted[order], starts)
         for number in np.flatnonzero(np.diff(edges)).tolist():
             place = order[edges[number] : edges[number + 1]]
-            part = pl.read_parquet(self._path(number), columns=list(columns))
+            part = pl.read_parquet(self._path(number), columns=list(columns)).select(columns)
             yield place, part[wanted[place] - starts[number]]
 
 

@@ -81,17 +81,17 @@ def hash_subject(key: Path, text: str) -> str:
     return hmac.new(key.read_bytes(), text.encode(), hashlib.sha256).hexdigest()[:32]
 
 
-def link_rows(subjects: pl.Series) -> pl.DataFrame:
+def link_rows(persons: pl.Series) -> pl.DataFrame:
     """Each row with the first one of its person, as pairs a, b: what one person has is one component."""
-    known = pl.DataFrame({"b": pl.int_range(len(subjects), eager=True), "subject": subjects}).drop_nulls("subject")
-    return known.select(pl.col("b").first().over("subject").alias("a"), "b")
+    known = pl.DataFrame({"b": pl.int_range(len(persons), eager=True), "person": persons}).drop_nulls("person")
+    return known.select(pl.col("b").first().over("person").alias("a"), "b")
 
 
 def count(table: pl.DataFrame, pairs: pl.DataFrame) -> dict[str, Any]:
-    """How the rows of a manifest divide among persons. `copies_across`: pairs of copies that two persons have."""
-    each = table.drop_nulls("subject").group_by("subject").agg(rows=pl.len(), kept=pl.col("keep").sum())
+    """How the rows of `outputs.decide` divide among persons. `copies_across`: pairs of copies that two persons have."""
+    each = table.drop_nulls("person").group_by("person").agg(rows=pl.len(), kept=pl.col("keep").sum())
     copies = pairs.filter(pl.col("class") == "copy")
-    a, b = (table["subject"].gather(copies[end]) for end in ("a", "b"))
+    a, b = (table["person"].gather(copies[end]) for end in ("a", "b"))
     return {
         "subjects": len(each),
         "rows": int(each["rows"].sum()),

@@ -483,8 +483,9 @@ def test_a_cluster_of_its_own_has_so_many_workers_of_one_thread(tmp_path: Path) 
     before = dict(os.environ)
     with Cluster(2, cluster.HERE, tmp_path) as workers:
         numbers, processes, threads = zip(*workers.run(work, [(n,) for n in range(20)]), strict=True)
+        assert ray.cluster_resources()["CPU"] == 2
     assert list(numbers) == list(range(20))
-    assert len(set(processes)) == 2
+    assert len(set(processes)) > 1
     assert all(each == cluster.ONE_THREAD for each in threads)
     assert {name: os.environ.get(name) for name in cluster.ONE_THREAD} == {
         name: before.get(name) for name in cluster.ONE_THREAD

@@ -111,7 +111,11 @@ def test_equal_files_stand_in_for_each_other(contents: list[tuple[str, str]], gu
     order = sorted(random.sample(range(n), n), key=lambda row: not guarded[row])
     rows = pl.DataFrame({"id": range(n), "sha256": sha256, "scope": scope, "guarded": guarded})
     rows = rows.with_columns(
-        pl.col("sha256").rank("dense").alias("picture"), status=pl.lit("ok"), width=pl.lit(9), height=pl.lit(9)
+        pl.col("scope").cast(pl.Categorical),
+        pl.col("sha256").rank("dense").alias("picture"),
+        status=pl.lit("ok"),
+        width=pl.lit(9),
+        height=pl.lit(9),
     )
     by_content = {name: sha256.index(name) for name in sha256}
     known = [(a, b) for a, b in combinations(sorted(by_content.values()), 2) if {sha256[a], sha256[b]} != {"x", "z"}]

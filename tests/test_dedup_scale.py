@@ -91,7 +91,7 @@ def test_signatures_are_read_in_any_order(tmp_path: Path) -> None:
         frames[-1].write_parquet(tmp_path / f"{file:05d}.parquet")
     whole, signatures = pl.concat(frames), Signatures(tmp_path, sizes)
     read = signatures.read()
-    assert read.columns == ["id", "size", "caption_hash", "picture", "name"]
+    assert read.columns == ["id", "size", "caption_hash", "picture", "person", "name"]
     assert read["id"].to_list() == list(range(9))
     assert read["size"].equals(whole["size"])
     for ids in ([8, 0, 4, 3, 7], [5], [], list(range(9))):
