@@ -326,14 +326,8 @@ def plan(
         layouts = [bands.choose_bands(int(size), search.RADIUS) for size in (n, min(n, block))]
         compared = [_count_compared(layout, n) for layout in layouts]
         # half of all pairs of blocks hold no earlier rows
-        join = (
-            8
-            * n
-            * unit
-            * max(1.0, n / block / 2 + 0.5)
-            * bands.estimate_work(layouts[1], min(n, block), 8 * min(n, block))
-            / 3600
-        )
+        work = bands.estimate_work(layouts[1], min(n, block), 8 * min(n, block))
+        join = 8 * n * unit * max(1.0, n / block / 2 + 0.5) * work / 3600
         columns.append(
             {
                 "fingerprint, core hours": n / hashed / 3600 if hashed else math.nan,

@@ -229,9 +229,9 @@ def read(out: Path, columns: Iterable[str] | None = None) -> pl.DataFrame:
     return pl.read_parquet(paths, columns=list(columns) if columns is not None else None)
 
 
-def read_parts(out: Path) -> Iterator[pl.DataFrame]:
-    """The files of a manifest, one by one."""
-    return map(pl.read_parquet, sorted((out / "manifest").glob("*.parquet")))
+def read_parts(out: Path, columns: list[str]) -> Iterator[pl.DataFrame]:
+    """These columns of a manifest, file by file."""
+    return (pl.read_parquet(path, columns=columns) for path in sorted((out / "manifest").glob("*.parquet")))
 
 
 def read_run(out: Path) -> dict[str, Any]:

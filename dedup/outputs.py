@@ -5,6 +5,7 @@ are described in docs/architecture.md.
 """
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ DECIDED: manifest.Schema = {
     for name, kind in manifest.SCHEMA.items()
     if name not in LATER
 } | {"caption_hash": pl.UInt64, "person": pl.UInt32}
+READY = ["id", "source", "shard", "offset", "size", "key", "caption", "captions", "represents", "weight"]
 
 
 def is_medical(rows: pl.DataFrame) -> bool:
@@ -86,7 +88,7 @@ def write(
     """
     manifest.write(out, table, partial(_complete, signatures))
     manifest.write_parquet(out / "pairs.parquet", pairs)
-    manifest.write_parquet(out / "deduplicated.parquet", map(_list_ready, manifest.read_parts(out)))
+    manifest.write_parquet(out / "deduplicated.parquet", _list_ready(out))
     manifest.write_atomic(out / "deduplicated.jsonl", lambda path: _write_lines(path, out))
     evidence = table[leaks["id"]].select("signal", "score", "orientation", row=_name(signatures, leaks["id"]))
     leaking = leaks.rename({"cluster_id": "picture"}).drop("id").hstack(evidence)
@@ -123,34 +125,35 @@ def _name(signatures: Signatures, ids: pl.Series) -> pl.Series:
 # The lists are made of the files of the manifest, one by one: their text would be most of what is in memory.
 
 
-def _list_ready(rows: pl.DataFrame) -> pl.DataFrame:
-    """Of rows of the manifest those that are kept, with what a training needs."""
-    columns = ["id", "source", "shard", "offset", "size", "key", "caption", "captions", "represents", "weight"]
-    return rows.filter("keep").select(columns)
+def _list_ready(out: Path) -> Iterator[pl.DataFrame]:
+    """The rows that are kept, with what a training needs."""
+    for rows in manifest.read_parts(out, [*READY, "keep"]):
+        yield rows.filter("keep").select(READY)
 
 
 def _write_lines(path: Path, out: Path) -> None:
     """The same as JSON."""
     with path.open("wb") as file:
-        for rows in manifest.read_parts(out):
-            _list_ready(rows).write_ndjson(file)
+        for rows in _list_ready(out):
+            rows.write_ndjson(file)
 
 
 def _write_kept(path: Path, out: Path) -> None:
     """PLACE of each row that is kept, a line each."""
     with path.open("wb") as file:
-        for rows in manifest.read_parts(out):
+        for rows in manifest.read_parts(out, ["shard", "key", "keep"]):
             rows.filter("keep").select(PLACE).write_csv(file, include_header=False, quote_style="never")
 
 
 def _write_dropped(path: Path, out: Path, kept: pl.DataFrame) -> None:
     """Each row that was dropped, beside the one that is kept for it. kept: kept_id and its PLACE."""
-    columns = ["kept", "reason", "signal", "score", "orientation"]
+    evidence = ["reason", "signal", "score", "orientation"]
+    columns = ["shard", "key", "status", "keep", "kept_id", *evidence]
     with path.open("wb") as file:
-        for number, rows in enumerate(manifest.read_parts(out)):
+        for number, rows in enumerate(manifest.read_parts(out, columns)):
             gone = rows.filter((pl.col("status") == "ok") & ~pl.col("keep"))
             named = gone.join(kept, on="kept_id", how="left", maintain_order="left")
-            named.select(PLACE.alias("dropped"), *columns).write_csv(file, include_header=not number)
+            named.select(PLACE.alias("dropped"), "kept", *evidence).write_csv(file, include_header=not number)
 
 
 def count(table: pl.DataFrame, pairs: pl.DataFrame, signatures: Signatures) -> dict[str, Any]:
